@@ -173,9 +173,9 @@ def test_every_attack(attacked, ranks, tiny_model, rows, tmp_path, capsys):
 def test_a_quantised_model_is_tested_as_if_it_were_another(
     attacked, tested, tiny_model, rows, tmp_path
 ):
-    _, _, records = attacked(one("Quantise", bits=[3], scheme="symmetric"))
+    _, _, records = attacked(one("Quantise", bits=[3]))
     lm = load_model(tiny_model)
-    quantise_(lm, 3, "symmetric")
+    quantise_(lm, 3)
     save_model(lm, load_tokenizer(tiny_model), tmp_path / "q", "card", {})
     expected = tested("q", rows["forget_test"])
     for name, value in values(records).items():

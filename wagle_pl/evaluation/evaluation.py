@@ -19,17 +19,18 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.data.example import raw_rows
-from wagle_pl.evaluation import classifiers, results
+from wagle_pl.evaluation import classifiers
+from wagle_pl.evaluation import results as results_files
 from wagle_pl.evaluation.ability import Ability, Harness
 from wagle_pl.evaluation.attacks import attack as attacking
-from wagle_pl.evaluation.attacks.attack import OTHERS, Attack, RobustnessReport, Subject
+from wagle_pl.evaluation.attacks.attack import Attack, Finding, Subject
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.membership import membership_scores
 from wagle_pl.evaluation.metrics import collection
 from wagle_pl.evaluation.observe import GENERATED, Observer, Record, merge, observe_set
 from wagle_pl.evaluation.openunlearning import summary, to_logs
 from wagle_pl.evaluation.options import Options, Plan
-from wagle_pl.evaluation.records import defined_only, intervals
+from wagle_pl.evaluation.records import Info, defined_only, intervals
 from wagle_pl.evaluation.results import Results, Table
 from wagle_pl.evaluation.suites import Suite
 from wagle_pl.lm.models import load_model, load_tokenizer
@@ -74,14 +75,14 @@ def evaluate(
         for number, batches in enumerate(evaluation.batches):
             for rows in batches:
                 evaluation.observe({"rows": rows}, number)
-        found = evaluation.results()
+        tested = evaluation.results()
     finally:
         state.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
     if folder is not None and distributed.rank() == 0:
-        found.write(folder)
-    return found
+        tested.write(folder)
+    return tested
 
 
 @dataclass(eq=False)
@@ -162,7 +163,7 @@ class Evaluation:
             names=[f"{where} {row + 1}" for row in rows],
             **self.plan.asked(name),
         )
-        self.records[name] += [{"row": r, **each} for r, each in zip(rows, records, strict=True)]
+        self.records[name] += [{"row": r} | made for r, made in zip(rows, records, strict=True)]
         if not self.validates:
             self._left[number] -= 1
             if not self._left[number]:
@@ -181,7 +182,7 @@ class Evaluation:
             self.annotated(name, records)
             if self.folder is not None:
                 path = self.folder / f"{name}.parquet"
-                results.write_table(path, records, self._keys[name])
+                results_files.write_table(path, records, self._keys[name])
             return records
 
         self.tables[name] = distributed.on_rank_zero(write)
@@ -190,7 +191,7 @@ class Evaluation:
         """The tables that an earlier, interrupted test has written."""
         tables = {}
         for name, key in self._keys.items() if self.folder is not None else ():
-            table = results.read_table(self.folder / f"{name}.parquet", key, self.overwrite)
+            table = results_files.read_table(self.folder / f"{name}.parquet", key, self.overwrite)
             if table is not None:
                 tables[name] = table
         return tables
@@ -209,18 +210,19 @@ class Evaluation:
         keys: dict[str, dict[str, Any]] = {}
         for name in plan.names:
             needs, asked = plan.needs_of(name), plan.asked(name)
+            generated = "generation" in needs
+            further = {
+                "header": asked["header"] if "choices" in needs else None,
+                "stops": list(asked["stops"]) if generated else None,
+                "tested rows": shortened.get(name),
+            }
             keys[name] = {
                 **settings,
                 "rows": _digest(json.dumps(raw_rows(plan.rows(name)), default=str)),
                 "needs": sorted(needs),
-                "generate": asked["max_new_tokens"] if "generation" in needs else 0,
+                "generate": asked["max_new_tokens"] if generated else 0,
+                **{what: value for what, value in further.items() if value},
             }
-            if asked["header"] and "choices" in needs:
-                keys[name]["header"] = asked["header"]
-            if asked["stops"] and "generation" in needs:
-                keys[name]["stops"] = list(asked["stops"])
-            if name in shortened:
-                keys[name]["tested rows"] = shortened[name]
         return keys
 
     def _shortened(self) -> dict[str, str]:
@@ -231,16 +233,11 @@ class Evaluation:
         """
         counts = {}
         for name, batches in zip(self.plan.names, self.batches, strict=True):
-            tested, total = (
-                len(set().union(*distributed.all_gather(batches))),
-                len(self.plan.rows(name)),
-            )
-            if tested < total:
+            tested = len(set().union(*distributed.all_gather(batches)))
+            if tested < (total := len(self.plan.rows(name))):
                 counts[name] = f"{tested} of {total} rows"
-                log.warning(
-                    "test set %s: the trainer shortens this test, its measures are of %s",
-                    *(name, counts[name]),
-                )
+                why = "test set %s: the trainer shortens this test, its measures are of %s"
+                log.warning(why, name, counts[name])
         return counts
 
     # -- models that read generations --------------------------------------------------------------
@@ -284,53 +281,60 @@ class Evaluation:
         plan = self.plan
         tables = {name: self.tables[name] for name in plan.names}
         others = {  # of results that are given, or of their rows
-            name: given.metrics or defined_only(plan.measures(given.tables))
-            for name, given in plan.results.items()
-            if name in OTHERS
+            name: results.metrics or defined_only(plan.measures(results.tables))
+            for name, results in plan.results.items()
+            if name in attacking.OTHERS
         }
         ability = self._ability()
-        report = self._attack(tables, others)
-        values = {**plan.measures(tables), **ability.values}
-        undefined = {name: str(v) for name, v in values.items() if isinstance(v, Undefined)}
-        infos, known = ability.infos | report.infos(), defined_only(values) | report.metrics()
-        undefined |= report.undefined()
-        infos = {name: infos.get(name) or plan.suite.info(name) for name in (*known, *undefined)}
-        shown = {name: v for name, v in values.items() if name not in ability.values}
-        text = results.comparison(shown | ability.shown(), infos.__getitem__, **others)
+        findings = self._attack(tables, others)
+        skipped = {f"{attacking.PREFIX}/{n}": why for n, why in self._skipped_attacks.items()}
+        measured = plan.measures(tables)
+        attacked = {finding.key: finding.value for finding in findings}
+        attacked |= {name: Undefined(why) for name, why in skipped.items()}
+        values = {**measured, **ability.values, **attacked}
+        infos = ability.infos | {finding.key: finding.info for finding in findings}
+        infos |= dict.fromkeys(skipped, Info("", "retrained", "an attack"))
+        infos = {name: infos.get(name) or plan.suite.info(name) for name in values}
+        text = results_files.comparison(measured | ability.shown(), infos.__getitem__, **others)
         if plan.attacks:
-            text += f"\n\n{report.table()}"
-        found = Results(metrics=known, undefined=undefined, tables=tables, infos=infos, text=text)
-        found.prompts, found.path = plan.prompts, self.folder or Path()
+            lines = [
+                f"undefined: {n}: {v}" for n, v in attacked.items() if isinstance(v, Undefined)
+            ]
+            text = "\n".join([f"{text}\n", attacking.robustness_table(findings), *lines])
+        undefined = {name: str(v) for name, v in values.items() if isinstance(v, Undefined)}
+        tested = Results(defined_only(values), undefined, tables, infos, plan.prompts, text=text)
+        tested.path = self.folder or Path()
         if distributed.rank() == 0:
-            found.files = self._files(found)
+            tested.files = self._files(tested)
             if plan.attacks:
-                found.files[attacking.ROBUSTNESS_FILE] = report.records()
-        return found
+                records = [finding.record() for finding in findings]
+                tested.files[attacking.ROBUSTNESS_FILE] = records
+        return tested
 
-    def _files(self, found: Results) -> dict[str, Any]:
+    def _files(self, tested: Results) -> dict[str, Any]:
         """File -> its content; ``metrics.json``, which says that the test is complete, is last."""
-        plan, tables, files = self.plan, found.tables, dict[str, Any]()
-        if result := results.to_result(tables):
-            files[results.RESULT_FILE] = result
+        plan, tables, files = self.plan, tested.tables, dict[str, Any]()
+        if result := results_files.to_result(tables):
+            files[results_files.RESULT_FILE] = result
         if plan.options.format == "openunlearning":
             scores = membership_scores(plan.observations(tables), *plan.pair)
-            logs = to_logs(plan.benchmark, tables, found.metrics, scores)
+            logs = to_logs(plan.benchmark, tables, tested.metrics, scores)
             files |= {f"{plan.benchmark}_EVAL.json": logs}
             files |= {f"{plan.benchmark}_SUMMARY.json": summary(logs)}
-        about = {name: vars(info) for name, info in found.infos.items()}
+        about = {name: vars(info) for name, info in tested.infos.items()}
         info = {
             "model": self.model_name,
             "suite": type(plan.suite).__name__,
             "prompts": plan.prompts,
             "compared": plan.options.compared,
-            "measures": {name: about[name] for name in found.metrics},
-            "undefined": {n: {**about[n], "why": why} for n, why in found.undefined.items()},
+            "measures": {name: about[name] for name in tested.metrics},
+            "undefined": {n: about[n] | {"why": why} for n, why in tested.undefined.items()},
             "rows": {name: len(table) for name, table in tables.items()},
             "absent_sets": [name for name in plan.suite.sets if name not in tables],
         }
         if plan.options.bootstrap:
             info["intervals"] = intervals(plan.measures, tables, plan.options.bootstrap)
-        return files | {results.INFO_FILE: info, results.METRICS_FILE: found.metrics}
+        return files | {results_files.INFO_FILE: info, results_files.METRICS_FILE: tested.metrics}
 
     # -- general ability and attacks --------------------------------------------------------------
 
@@ -366,7 +370,7 @@ class Evaluation:
 
     def attack(
         self, attacks: Sequence[Attack], tables: Mapping[str, Table], *others: Any
-    ) -> RobustnessReport:
+    ) -> list[Finding]:
         """What usable attacks find on the model as it is now, with its records, and on others, see
         :func:`~wagle_pl.evaluation.attacks.attack.run_attacks`. Collective."""
         with self.in_test_step():
@@ -374,22 +378,24 @@ class Evaluation:
 
     def _attack(
         self, tables: Mapping[str, Table], others: Mapping[str, Mapping[str, float]]
-    ) -> RobustnessReport:
+    ) -> list[Finding]:
         """Attack this model, and the target and the retrained model if they are available."""
         plan = self.plan
         if not plan.attacks:
-            return RobustnessReport([], {})
+            return []
 
         def load(name: str, folder: str) -> Subject:
             return self.subject(attacking.load_other(folder, self.lm, f"{plan.prefix}{name}"))
 
-        given = {name: path for name, path in plan.options.compared.items() if name in OTHERS}
-        folders = {name: results.model_of(path) for name, path in given.items()}
-        loaders = {n: partial(load, n, folder) for n, folder in folders.items() if folder}
+        loaders = {
+            name: partial(load, name, folder)
+            for name, path in plan.options.compared.items()
+            if name in attacking.OTHERS and (folder := results_files.model_of(path))
+        }
         if loaders and self.sharded:
             log.warning("under ZeRO-3 only this model is attacked, not %s", " and ".join(loaders))
             loaders = {}
-        return self.attack(self._usable_attacks, tables, loaders, others, self._skipped_attacks)
+        return self.attack(self._usable_attacks, tables, loaders, others)
 
 
 def _digest(text: str) -> str:

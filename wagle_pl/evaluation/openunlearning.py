@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, NamedTuple, Optional, TypedDict, Union
 
 import torch
+from torch import Tensor
 
 from wagle_pl.core.schema import Digits
 from wagle_pl.evaluation import functional as F
@@ -32,8 +33,6 @@ MUSE_SETS = {
 FORMS = {"PARA": "paraphrased", "PERT": "perturbed"}
 #: Our measures in percent that are shares in its files, and stemmed ROUGE there.
 PERCENT = dict(zip(("knowmem_f", "verbmem_f", "knowmem_r"), MUSE_SETS, strict=True))
-TEXTS = {"input": "question", "ground_truth": "answer", "generation": "generation"}
-ROUGES = {name: name for name in ("rouge1_recall", "rougeL_recall")}
 
 
 class Metric(NamedTuple):
@@ -42,96 +41,101 @@ class Metric(NamedTuple):
     ours: str  # our measure; its own name if we have none
     test_set: str = ""  # of its rows; empty for a metric without rows
     column: str = ""  # rows that lack this column of ours have no entry
+    #: Key of an entry -> our column, or how the value is made of a record.
+    entry: Mapping[str, Union[str, Callable[[Record], Any]]] = {}
     mean_of: str = ""  # the key of an entry that the metric is the mean of, where we have none
-    columns: Mapping[str, str] = {}  # key of an entry -> our column
-    computed: Callable[[Record], Log] = lambda record: {}  # the other keys of an entry
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Key of an entry -> our column."""
+        return {key: source for key, source in self.entry.items() if isinstance(source, str)}
+
+    def entry_of(self, record: Record) -> Log:
+        """The entry of a row."""
+        values = {k: f if isinstance(f, str) else f(record) for k, f in self.entry.items()}
+        values |= {key: record.get(column) for key, column in self.columns.items()}
+        return {key: value for key, value in values.items() if value is not None}
 
 
-def _probability(column: str) -> Callable[[Record], Log]:
-    def entry(record: Record) -> Log:
-        return {"prob": torch.exp(-torch.tensor(record[column], dtype=torch.float64)).tolist()}
-
-    return entry
+def _loss(column: str) -> dict[str, Union[str, Callable[[Record], Any]]]:
+    return {"prob": lambda record: (-_doubles(record[column])).exp().tolist(), "avg_loss": column}
 
 
-def _score(measure: Callable[[Sequence[bool]], float]) -> Callable[[Record], Log]:
-    return lambda record: {"score": measure(record["greedy"])}
+def _truth_ratio(record: Record) -> float:
+    losses = _doubles([record["paraphrased_nll"]]), _doubles([record["perturbed_nll"]])
+    return F.truth_ratio(*losses, "openunlearning").item()
 
 
-def _losses(record: Record, right: str) -> tuple[torch.Tensor, torch.Tensor]:
-    pair = ([record[right]], [record["perturbed_nll"]])
-    return tuple(torch.tensor(losses, dtype=torch.float64) for losses in pair)
+def _among_options(record: Record) -> float:
+    losses = _doubles([record["nll"]]), _doubles([record["perturbed_nll"]])
+    return F.option_probability(*losses, tiny=F.TINY).item()
 
 
-def _truth_ratio(record: Record) -> Log:
-    ratio = F.truth_ratio(*_losses(record, "paraphrased_nll"), "openunlearning")
-    return {"score": ratio.item()}
+def _doubles(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def _among_options(record: Record) -> Log:
-    return {"prob": F.option_probability(*_losses(record, "nll"), tiny=F.TINY).item()}
+#: Entry of a row that was generated from.
+_GENERATED: dict[str, Union[str, Callable[[Record], Any]]] = {
+    "rougeL_f1": lambda r: F.rouge([r["generation"]], [r["answer"]])["rougeL_f1"].item(),
+    **{name: name for name in ("rouge1_recall", "rougeL_recall", "generation")},
+    **{"input": "question", "ground_truth": "answer"},
+}
 
 
-def _rouge(record: Record) -> Log:
-    values = F.rouge([record["generation"]], [record["answer"]])
-    return {name: values[name].item() for name in ("rougeL_f1", *ROUGES)}
+def _common(members: str, recited: str, gibberish: str) -> Iterator[tuple[str, Metric]]:
+    """Metrics of both benchmarks by name."""
+    for measure in (F.exact_memorization, F.extraction_strength):
+        entry = {"score": lambda record, measure=measure: measure(record["greedy"])}
+        name = measure.__name__
+        yield name, Metric(f"{recited}/{name}", recited, "greedy", entry)
+    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradnorm"):
+        yield f"mia_{name}", Metric(f"{members}/mia_{name}")
+    yield "rel_diff", Metric(f"{members}/rel_diff")
+    entry = {"score": "not_gibberish", "generation": "generation"}
+    yield gibberish, Metric(f"{recited}/not_gibberish", recited, "not_gibberish", entry)
 
 
-def _metrics() -> Iterator[tuple[str, str, Metric]]:
-    """(benchmark, its metric, what that is)."""
-    for benchmark, members, recited, gibberish in (
-        ("TOFU", "forget", "forget", "forget_Q_A_gibberish"),
-        ("MUSE", "members", "verbmem_forget", "forget_gibberish"),
-    ):
-        for measure in (F.exact_memorization, F.extraction_strength):
-            name = measure.__name__
-            metric = Metric(f"{recited}/{name}", recited, "greedy", "score", {}, _score(measure))
-            yield benchmark, name, metric
-        for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradnorm"):
-            yield benchmark, f"mia_{name}", Metric(f"{members}/mia_{name}")
-        yield benchmark, "rel_diff", Metric(f"{members}/rel_diff")
-        column = "not_gibberish"
-        columns = {"score": column, "generation": "generation"}
-        metric = Metric(f"{recited}/{column}", recited, column, "score", columns)
-        yield benchmark, gibberish, metric
-    for short, name in TOFU_SETS.items():
-        options, keys = short in ("ra", "wf"), {"avg_loss": "nll"}
-        ours = f"{short}_Q_A_Prob" if options else f"{name}/probability"
-        metric = Metric(ours, name, "nll", "prob", keys, _probability("nll"))
-        yield "TOFU", f"{short}_Q_A_Prob", metric
-        if options:
-            ours = f"{name}/probability"
-            metric = Metric(ours, name, "perturbed_nll", "prob", {}, _among_options)
-            yield "TOFU", f"{short}_Q_A_Prob_normalised", metric
-        ours, columns = f"{name}/rougeL_recall", {**ROUGES, **TEXTS}
-        metric = Metric(ours, name, "rougeL_recall", "rougeL_recall", columns, _rouge)
-        yield "TOFU", f"{short}_Q_A_ROUGE", metric
-        # its configuration spells this metric of the forget set in small letters
-        theirs = "forget_truth_ratio" if short == "forget" else f"{short}_Truth_Ratio"
-        metric = Metric(f"{name}/truth_ratio", name, "perturbed_nll", "score", {}, _truth_ratio)
-        yield "TOFU", theirs, metric
-        for form, ours in FORMS.items() if not options else [("PERT", "perturbed")]:
-            column, keys = f"{ours}_nll", {"avg_loss": f"{ours}_nll"}
-            ours_named = f"{name}/{ours}_probability"
-            metric = Metric(ours_named, name, column, "prob", keys, _probability(column))
-            yield "TOFU", f"{short}_Q_A_{form}_Prob", metric
-            column = f"{ours}_rougeL_recall"
-            columns = {"rougeL_recall": column, "generation": "generation"}
-            metric = Metric(f"{name}/{column}", name, column, "rougeL_recall", columns)
-            yield "TOFU", f"{short}_Q_A_{form}_ROUGE", metric
-    for name in ("forget_quality", "model_utility"):
-        yield "TOFU", name, Metric(name)
-    yield "TOFU", "privleak", Metric("forget/privleak")
-    yield "MUSE", "privleak", Metric("privleak")
-    for ours, theirs in PERCENT.items():
-        name, columns = MUSE_SETS[theirs], {**ROUGES, **TEXTS}
-        yield "MUSE", theirs, Metric(ours, name, "generation", "rougeL_f1", columns, _rouge)
+def _of_tofu(short: str, name: str) -> Iterator[tuple[str, Metric]]:
+    """Metrics of one of TOFU's test sets by name."""
+    options, theirs = short in ("ra", "wf"), f"{short}_Q_A"
+    ours = f"{theirs}_Prob" if options else f"{name}/probability"
+    yield f"{theirs}_Prob", Metric(ours, name, "nll", _loss("nll"), "prob" if options else "")
+    if options:
+        ours, entry = f"{name}/probability", {"prob": _among_options}
+        yield f"{theirs}_Prob_normalised", Metric(ours, name, "perturbed_nll", entry)
+    yield f"{theirs}_ROUGE", Metric(f"{name}/rougeL_recall", name, "rougeL_recall", _GENERATED)
+    # its configuration spells this metric of the forget set in small letters
+    key = "forget_truth_ratio" if short == "forget" else f"{short}_Truth_Ratio"
+    yield key, Metric(f"{name}/truth_ratio", name, "perturbed_nll", {"score": _truth_ratio})
+    for form, ours in FORMS.items():
+        if form == "PARA" and options:
+            continue
+        column = f"{ours}_nll"
+        metric = Metric(f"{name}/{ours}_probability", name, column, _loss(column))
+        yield f"{theirs}_{form}_Prob", metric
+        column = f"{ours}_rougeL_recall"
+        entry = {"rougeL_recall": column, "generation": "generation"}
+        yield f"{theirs}_{form}_ROUGE", Metric(f"{name}/{column}", name, column, entry)
 
 
 #: Benchmark -> its metrics by name.
-METRICS: dict[str, dict[str, Metric]] = {"TOFU": {}, "MUSE": {}}
-for _benchmark, _name, _metric in _metrics():
-    METRICS[_benchmark][_name] = _metric
+METRICS: dict[str, dict[str, Metric]] = {
+    "TOFU": {
+        **dict(_common("forget", "forget", "forget_Q_A_gibberish")),
+        **{theirs: m for item in TOFU_SETS.items() for theirs, m in _of_tofu(*item)},
+        **{name: Metric(name) for name in ("forget_quality", "model_utility")},
+        "privleak": Metric("forget/privleak"),
+    },
+    "MUSE": {
+        **dict(_common("members", "verbmem_forget", "forget_gibberish")),
+        "privleak": Metric("privleak"),
+        **{
+            theirs: Metric(ours, MUSE_SETS[theirs], "generation", _GENERATED, "rougeL_f1")
+            for ours, theirs in PERCENT.items()
+        },
+    },
+}
 
 
 class Entry(TypedDict):
@@ -192,16 +196,15 @@ def to_logs(
     logs: dict[str, Log] = {}
     for name, metric in METRICS[benchmark].items():
         rows = {
-            str(record["row"]): metric.computed(record)
-            | {k: record[c] for k, c in metric.columns.items() if record.get(c) is not None}
+            str(record["row"]): metric.entry_of(record)
             for record in tables.get(metric.test_set, ())
             if record.get(metric.column) not in (None, [])
         }
-        if metric.ours in values and metric.ours not in PERCENT:
-            logs[name] = {"agg_value": values[metric.ours]}
-        elif rows:
+        if rows and metric.mean_of:
             logs[name] = {"agg_value": fmean(row[metric.mean_of] for row in rows.values())}
-        if rows:
+        elif metric.ours in values and metric.ours not in PERCENT:
+            logs[name] = {"agg_value": values[metric.ours]}
+        if rows and name in logs:
             logs[name]["value_by_index"] = rows
     for attack, sides in scores.items():
         area = values[METRICS[benchmark][f"mia_{attack}"].ours]
@@ -239,13 +242,10 @@ def to_tables(benchmark: str, content: Mapping[str, Any]) -> dict[str, list[Reco
         log = content.get(name)
         rows = log.get("value_by_index") or {} if isinstance(log, Mapping) else {}
         for row, entry in rows.items() if metric.columns else ():
-            usual = {"row": int(row), "question": "", "answer": "", "generation": None}
-            record = tables.setdefault(metric.test_set, {}).setdefault(int(row), usual)
-            record |= {
-                ours: entry[key]
-                for key, ours in metric.columns.items()
-                if entry.get(key) is not None
-            }
+            empty = {"row": int(row), "question": "", "answer": "", "generation": None}
+            record = tables.setdefault(metric.test_set, {}).setdefault(int(row), empty)
+            known = {ours: entry.get(key) for key, ours in metric.columns.items()}
+            record |= {ours: value for ours, value in known.items() if value is not None}
     for name, records in tables.items():
         for record in records.values():
             record["question"] = question_in(record["question"])
@@ -273,8 +273,7 @@ def question_in(prompt: str) -> str:
     'Who?'
     """
     for around in _AROUND:
-        if match := re.fullmatch(around, prompt.rstrip(), re.DOTALL) or re.fullmatch(
-            around, prompt, re.DOTALL
-        ):
-            return match[1].strip()
+        for text in (prompt.rstrip(), prompt):
+            if match := re.fullmatch(around, text, re.DOTALL):
+                return match[1].strip()
     return prompt

@@ -73,6 +73,11 @@ class Finding:
     attacked: Mapping[str, bool] = field(default_factory=dict)  # whether those were attacked too
 
     @property
+    def value(self) -> Value:
+        """The number under the attack, or why there is none."""
+        return Undefined(self.why) if self.after is None else self.after
+
+    @property
     def key(self) -> str:
         """Its name in ``metrics.json``."""
         name = f"{self.attack}_{self.option}" if self.option else self.attack
@@ -130,11 +135,11 @@ class Subject:
 
     def asked(self, variants: Variants) -> dict[str, Asked]:
         """The rows to ask in place of each row that has any, see :data:`Variants`."""
-        found = {
+        sets = {
             name: {i: asked for i, row in enumerate(rows) if (asked := list(variants(name, row)))}
             for name, rows in self.rows.items()
         }
-        return {name: asked for name, asked in found.items() if asked}
+        return {name: asked for name, asked in sets.items() if asked}
 
     def every_row(self, without: Collection[str] = ()) -> dict[str, Asked]:
         """All rows to be forgotten as they are, except those with a text of ``without``."""
@@ -148,7 +153,7 @@ class Subject:
         self, asked: Mapping[str, Asked], measures: Collection[str], option: str = ""
     ) -> list[Finding]:
         """Test the model as it is now on the rows ``asked`` of each set; see :meth:`findings`."""
-        tables = {name: self.observe(name, each) for name, each in asked.items()}
+        tables = {name: self.observe(name, rows) for name, rows in asked.items()}
         return self.findings(tables, measures, option)
 
     def observe(self, name: str, asked: Asked, without: Collection[str] = ()) -> Table:
@@ -184,17 +189,17 @@ class Subject:
             rows = {name: {record["row"] for record in table} for name, table in after.items()}
             same = {n: [r for r in self.tables[n] if r["row"] in rows[n]] for n in after}
             before = self.plan.measures(same)
-        found = []
+        findings = []
         for name, value in self.plan.measures(after).items():
             test_set, _, short = name.rpartition("/")
             if short not in measures or (test_set and test_set not in after):
                 continue
-            numbers = before.get(name), value
-            known, now = (None if isinstance(each, Undefined) else each for each in numbers)
-            if known is not None or now is not None:
-                why = str(value) if now is None else ""
-                found.append(Finding(name, now, self.suite.info(name), option, known, why=why))
-        return found
+            numbers = [None if isinstance(v, Undefined) else v for v in (before.get(name), value)]
+            if numbers != [None, None]:
+                why = str(value) if isinstance(value, Undefined) else ""
+                about = self.suite.info(name)
+                findings.append(Finding(name, numbers[1], about, option, numbers[0], why=why))
+        return findings
 
 
 class Attack(ABC):
@@ -230,8 +235,8 @@ class Attack(ABC):
     def check(self, subject: Subject) -> None:
         """Raise a WagleError for options, a model or data that cannot be used, before any work."""
         if self.moves_weights and subject.sharded:
-            said = f"{self.name} changes weights, which ZeRO-3 spreads over the ranks"
-            raise WagleError(f"{said}: test with stage 2 or on one device")
+            why = f"{self.name} changes weights, which ZeRO-3 spreads over the ranks"
+            raise WagleError(f"{why}: test with stage 2 or on one device")
         if not subject.forget_rows:
             raise self.unusable("no test set holds rows to be forgotten")
 
@@ -260,9 +265,9 @@ def worst(records: Sequence[Record]) -> Record:
                 return logprobs[record["label"]].item()
         return 0.0
 
-    said = max(records, key=lambda r: r.get("rougeL_recall") or r.get("toxicity") or 0.0)
+    generated = max(records, key=lambda r: r.get("rougeL_recall") or r.get("toxicity") or 0.0)
     likeliest = max(records, key=answer_logprob)
-    return likeliest | {name: said[name] for name in OF_GENERATION if name in said}
+    return likeliest | {name: generated[name] for name in OF_GENERATION if name in generated}
 
 
 def texts_of(rows: Iterable[Example]) -> set[str]:
@@ -299,19 +304,19 @@ def usable_attacks(
 ) -> tuple[list[Attack], dict[str, str]]:
     """The attacks that have something to work on; for the others, name -> why they have nothing,
     which is an error unless ``every`` attack was asked for and some remain."""
-    found, skipped = [], {}
+    usable, skipped = [], {}
     for attack in attacks:
         try:
             attack.check(subject)
-            found.append(attack)
+            usable.append(attack)
         except WagleError as error:
             if not every:
                 raise
             skipped[attack.name] = str(error)
-    if every and not found:
+    if every and not usable:
         why = next(iter(skipped.values()))
         raise WagleError(f"model.robustness: no attack has anything to work on: {why}")
-    return found, skipped
+    return usable, skipped
 
 
 def run_attacks(
@@ -319,8 +324,7 @@ def run_attacks(
     subject: Subject,
     others: Mapping[str, Callable[[], Subject]] = MappingProxyType({}),
     metrics: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
-    skipped: Mapping[str, str] = MappingProxyType({}),
-) -> RobustnessReport:
+) -> list[Finding]:
     """Attack a model, then each of the others, one in memory at a time. Collective.
 
     Args:
@@ -328,34 +332,35 @@ def run_attacks(
         subject: the model under test.
         others: name in :data:`OTHERS` -> a function that loads the model.
         metrics: the same names -> metrics without attack, shown if the model is not in others.
-        skipped: attack -> why it is left out.
     """
 
     def attack_all(subject: Subject, whose: str) -> list[Finding]:
-        found = []
+        findings = []
         for attack in attacks:
             log.info("attack on %s: %s", whose, attack.name)
-            found += [replace(each, attack=attack.name) for each in attack.attack(subject)]
-        return found
+            findings += [replace(f, attack=attack.name) for f in attack.attack(subject)]
+        return findings
 
     before = weights_digest(subject.lm.named_parameters())
     # Fine-tuning needs tensors that take gradients, which those made in inference mode do not.
     with torch.inference_mode(False), torch.no_grad():
-        found = attack_all(subject, "the model")
+        findings = attack_all(subject, "the model")
         if weights_digest(subject.lm.named_parameters()) != before:
             names = ", ".join(type(attack).__name__ for attack in attacks)
             raise RuntimeError(f"one of the attacks {names} left the model's weights changed")
-        beside = {
-            name: {each.key: each.after for each in attack_all(load(), f"the {name} model")}
+        attacked = {
+            name: {
+                finding.key: finding.after for finding in attack_all(load(), f"the {name} model")
+            }
             for name, load in others.items()
         }
-    results = []
-    for each in found:
-        numbers = {name: values.get(each.measure) for name, values in metrics.items()}
-        numbers |= {name: values.get(each.key) for name, values in beside.items()}
-        attacked = {name: name in beside for name in numbers}
-        results.append(replace(each, others=numbers, attacked=attacked))
-    return RobustnessReport(results, skipped)
+
+    def beside(finding: Finding) -> Finding:
+        numbers = {name: values.get(finding.measure) for name, values in metrics.items()}
+        numbers |= {name: values.get(finding.key) for name, values in attacked.items()}
+        return replace(finding, others=numbers, attacked={n: n in attacked for n in numbers})
+
+    return [beside(finding) for finding in findings]
 
 
 def load_other(name: str, like: Any, option: str) -> Any:
@@ -365,52 +370,25 @@ def load_other(name: str, like: Any, option: str) -> Any:
         other = models.load_model(name, dtype=weight.dtype).to(weight.device).eval()
     theirs, ours = other.get_input_embeddings().weight.shape[0], weight.shape[0]
     if theirs != ours:
-        said = f"{option}: the model {name} has a vocabulary of {theirs} tokens"
-        raise WagleError(f"{said}, this one has {ours}")
+        why = f"the model {name} has a vocabulary of {theirs} tokens, this one has {ours}"
+        raise WagleError(f"{option}: {why}")
     return other
 
 
-@dataclass
-class RobustnessReport:
-    """What all attacks found, in their order, and why those that are ``skipped`` found nothing."""
-
-    findings: Sequence[Finding]
-    skipped: Mapping[str, str]
-
-    def metrics(self) -> dict[str, float]:
-        """Name in ``metrics.json`` -> number under the attack."""
-        return {each.key: each.after for each in self.findings if each.after is not None}
-
-    def undefined(self) -> dict[str, str]:
-        """Name -> why there is no number."""
-        found = {each.key: each.why for each in self.findings if each.after is None}
-        return found | {f"{PREFIX}/{name}": why for name, why in self.skipped.items()}
-
-    def infos(self) -> dict[str, Info]:
-        """Name -> unit, direction and meaning, for ``metrics.info.json``."""
-        skipped = {f"{PREFIX}/{name}": Info("", "retrained", "an attack") for name in self.skipped}
-        return {each.key: each.info for each in self.findings} | skipped
-
-    def records(self) -> list[dict[str, Any]]:
-        """The content of ``robustness.json``."""
-        return [each.record() for each in self.findings]
-
-    def table(self) -> str:
-        """The console's table; a number of another model that was not attacked has a star."""
-        others = [name for name in OTHERS if any(name in each.attacked for each in self.findings)]
-        starred = [n for n in others if not all(f.attacked.get(n, True) for f in self.findings)]
-        rows = []
-        for each in self.findings:
-            numbers = [each.before, each.after, *(each.others.get(name) for name in others)]
-            stars = ["", "", *("*" * (not each.attacked.get(name, True)) for name in others)]
-            pairs = zip(numbers, stars, strict=True)
-            cells = ["" if number is None else f"{number:.4g}{star}" for number, star in pairs]
-            if not each.detail and each.after is not None:
-                rows.append([f"{each.attack} {each.option}".strip(), each.measure, *cells])
-        header = ["attack", "measure", "before", "after", *others]
-        lines = [table(header, rows, left=(0, 1))]
-        if starred:
-            names = " and ".join(starred)
-            lines.append(f"* {names}: without the attack (results are given, and no model)")
-        lines += [f"undefined: {name}: {why}" for name, why in self.undefined().items()]
-        return "\n".join(lines)
+def robustness_table(findings: Sequence[Finding]) -> str:
+    """The console's table; a number of another model that was not attacked has a star."""
+    others = [name for name in OTHERS if any(name in finding.attacked for finding in findings)]
+    rows = []
+    for finding in findings:
+        numbers = [finding.before, finding.after, *(finding.others.get(name) for name in others)]
+        stars = ["", "", *("" if finding.attacked.get(name, True) else "*" for name in others)]
+        pairs = zip(numbers, stars, strict=True)
+        cells = ["" if number is None else f"{number:.4g}{star}" for number, star in pairs]
+        if not finding.detail and finding.after is not None:
+            rows.append([f"{finding.attack} {finding.option}".strip(), finding.measure, *cells])
+    text = table(["attack", "measure", "before", "after", *others], rows, left=(0, 1))
+    starred = [name for name in others if not all(f.attacked.get(name, True) for f in findings)]
+    if starred:
+        names = " and ".join(starred)
+        text += f"\n* {names}: without the attack (results are given, and no model)"
+    return text

@@ -22,7 +22,6 @@ from wagle_pl.lm.layers import linear_weights
 
 log = logging.getLogger(__name__)
 
-Scheme = Literal["symmetric", "asymmetric"]
 STEP = "_step_"  # in the names of a curve's points
 
 
@@ -52,69 +51,48 @@ class Quantise(Attack):
 
     Args:
         bits: numbers of bits, each of which is tried.
-        scheme: ``symmetric`` or ``asymmetric`` levels, see :func:`fake_quantise`.
-        group_size: inputs that share a scale, e.g. 128; a whole output channel when null.
     """
 
     moves_weights = True
 
     bits: Sequence[int] = (8, 4)
-    scheme: Scheme = "asymmetric"
-    group_size: Optional[int] = None
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
         for bits in self.bits:
             with restored(weight for weight, _ in linear_weights(subject.lm, head=False)):
-                quantise_(subject.lm, bits, self.scheme, self.group_size)
+                quantise_(subject.lm, bits)
                 yield from subject.compare(subject.every_row(), self.measures, f"{bits}bit")
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
         if not self.bits or not all(2 <= bits <= 16 for bits in self.bits):
             raise WagleError(f"quantise.bits: must be 2 to 16, got {list(self.bits)}")
-        if self.group_size is not None and self.group_size < 1:
-            raise WagleError(f"quantise.group_size: must be at least 1, got {self.group_size}")
 
 
-def fake_quantise(
-    weights: Tensor, bits: int, scheme: Scheme = "asymmetric", group_size: Optional[int] = None
-) -> Tensor:
+def fake_quantise(weights: Tensor, bits: int) -> Tensor:
     """Weights rounded to the nearest of 2^bits levels (RTN, arXiv 2410.16454), in floating point.
 
-    Symmetric: s = max|w| / (2^(b−1) − 1), w' = s · clamp(round(w / s), ±(2^(b−1) − 1)).
-    Asymmetric: s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
+    s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
     w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z).
 
-    ``weights`` are (out, in), one row per channel; every ``group_size`` neighbouring inputs share a
-    scale.
+    ``weights`` are (out, in), one row per channel, which has a scale of its own.
 
-    >>> fake_quantise(torch.tensor([[-1.0, 0.2, 0.4, 1.0]]), bits=2, scheme="symmetric")
-    tensor([[-1.,  0.,  0.,  1.]])
+    >>> fake_quantise(torch.tensor([[-1.0, 0.3, 0.9, 2.0]]), bits=2)
+    tensor([[-1.,  0.,  1.,  2.]])
     """
-    rows, columns = weights.shape
-    size = group_size or columns
-    padded = nn.functional.pad(weights.float(), (0, -columns % size))  # 0 is in every range
-    groups = padded.reshape(-1, size)
-    least, greatest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    if scheme == "symmetric":
-        top = 2 ** (bits - 1) - 1
-        bottom, scale = -top, torch.maximum(-least, greatest) / top
-    else:
-        top = 2**bits - 1
-        bottom, scale = 0, (greatest - least) / top
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    zero = torch.zeros_like(scale) if scheme == "symmetric" else (-least / scale).round()
-    found = torch.fake_quantize_per_channel_affine(groups, scale, zero.int(), 0, bottom, top)
-    return found.reshape(rows, -1)[:, :columns].to(weights.dtype)
+    rows, top = weights.float(), 2**bits - 1
+    least, greatest = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
+    scale = ((greatest - least) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-least / scale).round().int()
+    return torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, 0, top).to(weights.dtype)
 
 
 @torch.no_grad()
-def quantise_(lm: nn.Module, bits: int, scheme: Scheme, group_size: Optional[int] = None) -> None:
+def quantise_(lm: nn.Module, bits: int) -> None:
     """Fake-quantise the blocks' linear maps in place, not the output head (nor tied embeddings)."""
     for weight, transposed in linear_weights(lm, head=False):
         for matrix in weight.data if weight.ndim == 3 else (weight.data,):
-            channels = matrix.T if transposed else matrix
-            rounded = fake_quantise(channels, bits, scheme, group_size)
+            rounded = fake_quantise(matrix.T if transposed else matrix, bits)
             matrix.copy_(rounded.T if transposed else rounded)
 
 
@@ -164,42 +142,42 @@ class Relearn(Attack):
         def look(step: int) -> None:
             if self.every and (step % self.every == 0 or step == self.steps):
                 rest = {name: subject.needs[name] - {"answer"} for name in asked}
-                tables = {n: subject.observe(n, each, rest[n]) for n, each in asked.items()}
-                for each in subject.findings(tables, {"probability"}, option):
-                    measure = f"{each.measure}{STEP}{step}"
-                    curve.append(replace(each, measure=measure, before=None, detail=True))
+                tables = {n: subject.observe(n, rows, rest[n]) for n, rows in asked.items()}
+                for finding in subject.findings(tables, {"probability"}, option):
+                    measure = f"{finding.measure}{STEP}{step}"
+                    curve.append(replace(finding, measure=measure, before=None, detail=True))
 
         look(0)
         losses = finetune_(subject.lm, self._batches(subject, rows), self.learning_rate, look)
-        trained = f"{len(rows)} rows, loss {losses[0]:.3f} to {losses[-1]:.3f}"
-        log.info("relearn %s: %s", option, trained)
+        loss = f"{losses[0]:.3f} to {losses[-1]:.3f}"
+        log.info("relearn %s: %d rows, loss %s", option, len(rows), loss)
         return [*subject.compare(asked, self.measures, option), *curve]
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
         counts = (self.steps, self.batch_size, self.every or 1, *self._counts)
         if min(counts) < 1 or self.learning_rate <= 0:
-            said = "steps, rows and batch_size must be at least 1, learning_rate above 0"
-            raise WagleError(f"relearn: {said}")
+            what = "steps, rows and batch_size must be at least 1, learning_rate above 0"
+            raise WagleError(f"relearn: {what}")
         options = self._options(subject)
         if not options:
             raise self.unusable(f"there are no {self.on.replace('both', 'training')} rows")
         if self.on == "both" and len(options) == 1:
             log.warning("relearn: only on %s rows, there are no others to train on", *options)
         for option in options:
-            shown = self.draw(subject, option)
-            if option != "retain" and not subject.every_row(without=texts_of(shown)):
-                why = f"no forget row is left to test on once {len(shown)} are trained on"
+            trained = self.draw(subject, option)
+            if option != "retain" and not subject.every_row(without=texts_of(trained)):
+                why = f"no forget row is left to test on once {len(trained)} are trained on"
                 raise self.unusable(why)
 
     def draw(self, subject: Subject, option: str) -> list[Example]:
         """The rows to train on, in the order of their use."""
-        stream, _, given = option.partition("_")
+        stream, _, count = option.partition("_")
         rows = _trainable(subject, stream)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
-        few = min(int(given or self._counts[0]), max(1, len(rows) // 2))
-        count = few if stream == "forget" else self.steps * self.batch_size
-        return [rows[i] for i in order[:count].tolist()]
+        few = min(int(count or self._counts[0]), max(1, len(rows) // 2))
+        drawn = order[: few if stream == "forget" else self.steps * self.batch_size]
+        return [rows[i] for i in drawn.tolist()]
 
     @property
     def _counts(self) -> Sequence[int]:
@@ -250,8 +228,8 @@ def finetune_(
             loss = -(sums / counts).mean()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                said = f"relearn: the loss is not finite at step {step}"
-                raise WagleError(said, hint="lower its learning_rate")
+                message = f"relearn: the loss is not finite at step {step}"
+                raise WagleError(message, hint="lower its learning_rate")
             # Not backward(): a data-parallel wrapper would all-reduce the gradients.
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
             for master, gradient in zip(masters, gradients, strict=True):

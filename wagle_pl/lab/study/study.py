@@ -368,7 +368,8 @@ class Study:
         module.to(trainer.strategy.root_device)  # Lightning has moved it away
         module.lm.eval()
         evaluation.lm = module.lm
-        return evaluation.attack(self._usable, tables).metrics()
+        findings = evaluation.attack(self._usable, tables)
+        return {f.key: f.after for f in findings if f.after is not None}
 
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""
