@@ -276,7 +276,7 @@ def test_forget(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert there.after == pytest.approx(here.after, rel=1e-3)
 
 
-def tested(model: str, on_device: bool, count: int, **options: Any) -> Any:
+def evaluated(model: str, on_device: bool, count: int, **options: Any) -> Any:
     """A module after ``test`` of forget and retain rows in batches of 4, with the device's waits."""
     other = {"paraphrased_answer": "It is so.", "perturbed_answer": ["In Arad.", "Near the river."]}
     rows = {name: [row | other for row in bundled(name)[:count]] for name in ("forget", "retain")}
@@ -295,7 +295,7 @@ def test_testing(tiny_model: str, tmp_path: Path) -> None:
     """With generations, likelihoods, gradients and an attack."""
     options = {"gradient_norm": True, "robustness": ["Quantise", "Relearn"]}
     here, there = (
-        tested(tiny_model, where, 4, output=str(tmp_path / str(where)), **options)
+        evaluated(tiny_model, where, 4, output=str(tmp_path / str(where)), **options)
         for where in (False, True)
     )
     assert "forget/rougeL_recall" in here.metrics and "forget/truth_ratio" in here.metrics
@@ -310,7 +310,7 @@ def test_a_test_batch_waits_for_the_host(tiny_model: str, tmp_path: Path) -> Non
     lines = ("scoring.py", "observe.py", "inference.py", "measures.py", "evaluation.py")
     totals = []
     for batches, count in ((1, 4), (2, 8)):
-        waits = tested(tiny_model, True, count, output=str(tmp_path / str(count))).waits
+        waits = evaluated(tiny_model, True, count, output=str(tmp_path / str(count))).waits
         ours = {line: times for line, times in waits.items() if line.startswith(lines)}
         assert set(ours.values()) == {2 * batches}, waits
         totals.append(sum(waits.values()))
