@@ -138,8 +138,7 @@ OTHER_COMMANDS = {
     "mask inf": "there is no command 'inf'; did you mean info?",
     "mask random --dens 0.2": "--dens: ",
     "patch apply": "BASE and PATCH",
-    "patch apply p.wagle model -o x": "the model's folder comes first, then the patch file: wagle patch apply",
-    "patch revert p.wagle model -o x": "wagle patch revert model p.wagle",
+    "patch apply p.wagle model -o x": "model folder p.wagle",
 }
 
 

@@ -63,7 +63,7 @@ def test_a_mistake_is_told_once(fit: Any):
 
 def test_deepspeed_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lightning.pytorch.strategies.deepspeed._DEEPSPEED_AVAILABLE", False)
-    with pytest.raises(WagleError, match="needs DeepSpeed: pip install deepspeed"):
+    with pytest.raises(WagleError, match=r"strategy: .*pip install deepspeed"):
         ZeRO(stage=2)
 
 
@@ -88,15 +88,7 @@ def test_an_optimizer_that_cannot_be_built(
     offload = "--trainer.strategy deepspeed_stage_2_offload --optimizer "
     options = (f"{offload}deepspeed.ops.adam.DeepSpeedCPUAdam --model.output x --model.model",)
     told = fails("fit --model FinetuneModule", *options, tiny_model)
-    assert "DS_BUILD_CPU_ADAM=1 pip install" in told and "--optimizer MaskedAdamW" in told
-
-
-def test_offload_to_disk_that_is_not_built(monkeypatch: pytest.MonkeyPatch):
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
-    with pytest.raises(WagleError, match="DS_BUILD_AIO=1 pip install"):
-        ZeRO(stage=3, offload_optimizer=True, offload_optimizer_device="nvme", nvme_path="x")
+    assert "DS_BUILD_CPU_ADAM=1" in told and "--optimizer MaskedAdamW" in told
 
 
 # -- collectives --------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import select
 import sys
 import time
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Optional, TextIO
@@ -92,8 +91,8 @@ def _main(args: list[str], cli: Optional[type[LightningCLI]]) -> None:
     _answer_at_once(args)
     outer = stopping.install(dict.fromkeys(stopping.SIGNALS, stopping.exit_at_once))
     quiet()
-    if _CurrentFolder not in sys.meta_path:
-        sys.meta_path.append(_CurrentFolder)
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, after all libraries
     argv = sys.argv
     # by which Lightning starts other ranks
     sys.argv = [str(Path(__file__).parents[1] / "__main__.py"), *args]
@@ -114,18 +113,6 @@ def _main(args: list[str], cli: Optional[type[LightningCLI]]) -> None:
     finally:
         sys.argv = argv
         stopping.install(outer)
-
-
-class _CurrentFolder:
-    """Finds modules in the current folder that no library has; a folder without Python files, such
-    as one that a logger writes, is no module."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
-        spec = None if path else PathFinder.find_spec(name, [os.getcwd()])
-        folders = spec.submodule_search_locations if spec and spec.loader is None else None
-        empty = folders and not any(any(Path(folder).glob("*.py")) for folder in folders)
-        return None if empty else spec
 
 
 def _first_rank_ended(seconds: float) -> bool:

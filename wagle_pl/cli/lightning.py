@@ -7,7 +7,6 @@ import inspect
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -167,13 +166,9 @@ class WagleCLI(LightningCLI):
         except MisconfigurationException as error:
             raise WagleError(f"trainer: {first_line(error)}") from error
         except RuntimeError as error:
-            for stopper in self.trainer.early_stopping_callbacks:
-                known = self.trainer.callback_metrics
-                if stopper.monitor in str(error) and stopper.monitor not in known:
-                    said = f"there is no metric {stopper.monitor!r}"
-                    hint = f"choose one of {', '.join(sorted(known))}" if known else None
-                    raise WagleError(said, "trainer.callbacks.monitor", hint) from None
-            raise
+            if not str(error).startswith("Early stopping conditioned on metric"):
+                raise
+            raise WagleError(first_line(error), "trainer.callbacks.monitor") from None
 
     def _check_environment(self) -> None:
         """Refuse what a launcher has not, or wrongly, told several ranks of each other."""
@@ -182,21 +177,16 @@ class WagleCLI(LightningCLI):
         environment = trainer._accelerator_connector.cluster_environment
         if trainer.strategy.launcher is None or environment is None:
             return
-        told = ("local_rank", "node_rank", "global_rank", "world_size")
         try:
-            for name in told:
+            for name in ("local_rank", "node_rank", "global_rank", "world_size"):
                 getattr(environment, name)()
             _ = environment.main_address, environment.main_port
             environment.validate_settings(trainer.num_devices, trainer.num_nodes)
-        except KeyError as error:
+        except (KeyError, ValueError, RuntimeError) as error:
+            missing = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
             raise WagleError(
-                f"the environment variable {error.args[0]} is missing, as {type(environment).__name__} "
-                "starts no process: start with srun or torchrun, or unset its other variables"
-            ) from None
-        except (ValueError, RuntimeError) as error:
-            said = f"{type(environment).__name__}: {first_line(error)}"
-            raise WagleError(
-                f"what the launcher says in environment variables is wrong: {said}"
+                f"environment variables of {type(environment).__name__}: {missing}",
+                hint="start with srun or torchrun, or unset the others",
             ) from None
 
     def _check_checkpoint(self) -> None:
@@ -207,14 +197,8 @@ class WagleCLI(LightningCLI):
             raise WagleError("no checkpoint is the best before a run: name a file", "ckpt_path")
         if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:
             return
-        path = Path(given)
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if not (path := Path(given)).is_file() and not path.is_dir():
             raise absent("checkpoint", given)
-        if not path.exists():
-            raise WagleError(
-                f"checkpoint {given} does not exist: --ckpt_path takes a file or folder that a run "
-                "wrote"
-            )
         if path.is_file() and options.get("weights_only") is not False:
             check_lightning(load_plain(path, f"checkpoint {path}"), f"checkpoint {path}")
         if path.is_dir() and not is_zero(self.trainer.strategy):
@@ -351,36 +335,25 @@ class StopAtSignal(L.Callback):
         if trainer.fast_dev_run:
             log.warning("stopped by %s; fast_dev_run writes no checkpoint", name)
             raise Stopped(signum)
-        path = trainer.strategy.broadcast(self._path(trainer))
-        trainer.save_checkpoint(path, weights_only=False)
-        then = f"to resume, add to the same command: --ckpt_path {path}"
-        if self._requeue is not None:
+        if self._requeue is None:
+            path = trainer.strategy.broadcast(self._path(trainer))
+            then = f"to resume, add to the same command: --ckpt_path {path}"
+        else:  # private to Lightning, which resumes from there without being told
+            path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
             then = f"the same job resumes from {path} automatically"
+        if self._requeue and signum == self._requeue:  # private too: it saves and requeues
+            trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)
+        else:
+            trainer.save_checkpoint(path, weights_only=False)
         log.warning("stopped by %s after step %d; %s", name, step, then)
-        if signum == self._requeue and trainer.is_global_zero:
-            _requeue_job()
         raise Stopped(signum)
 
     def _path(self, trainer: L.Trainer) -> str:
-        """Path of the checkpoint: next to the run's others, or where a restart by SLURM looks."""
-        if self._requeue is not None:  # private to Lightning, which has no public name
-            return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+        """Path of the checkpoint, next to the run's others."""
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         folder = Path(beside or Path(trainer.default_root_dir) / "checkpoints")
         path = folder / f"stopped-step={trainer.global_step}.ckpt"
         return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
-
-
-def _requeue_job() -> None:
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
-        log.info("job %s is requeued", job)
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = (getattr(error, "stderr", None) or str(error)).strip()
-        log.warning("scontrol requeue %s failed (%s): submit the job again", job, why)
 
 
 class EpochCheckpoint(ModelCheckpoint):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Optional
 
 from wagle_pl.cli import LazyModule
-from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 
 api = LazyModule("wagle_pl.api")
@@ -114,7 +113,7 @@ def apply(base: str, patch: str, *, output: str, overwrite: bool = False) -> Non
         patch: patch file.
         output: folder to write.
     """
-    _write_model("apply", base, patch, output, overwrite)
+    print(f"{output}: digest {patches.apply_patch(base, patch, output, overwrite)}")
 
 
 def revert(unlearned: str, patch: str, *, output: str, overwrite: bool = False) -> None:
@@ -125,7 +124,7 @@ def revert(unlearned: str, patch: str, *, output: str, overwrite: bool = False) 
         patch: patch file.
         output: folder to write.
     """
-    _write_model("revert", unlearned, patch, output, overwrite)
+    print(f"{output}: digest {patches.revert_patch(unlearned, patch, output, overwrite)}")
 
 
 def info(patch: str, *, tensors: bool = False) -> None:
@@ -143,14 +142,6 @@ def info(patch: str, *, tensors: bool = False) -> None:
 
 
 PATCH = {verb.__name__: verb for verb in (make, apply, revert, info)}
-
-
-def _write_model(verb: str, model: str, patch: str, output: str, overwrite: bool) -> None:
-    if Path(patch).is_dir() and not Path(model).is_dir():
-        right = f"wagle patch {verb} {patch} {model}"
-        raise WagleError(f"the model's folder comes first, then the patch file: {right}")
-    write = {"apply": patches.apply_patch, "revert": patches.revert_patch}[verb]
-    print(f"{output}: digest {write(model, patch, output, overwrite)}")
 
 
 def _print_summary(patch: patches.Patch) -> None:

@@ -163,31 +163,25 @@ class ShardedCheckpoint:
                 f"checkpoint {path} was written without DeepSpeed: resume it without "
                 "--trainer.strategy deepspeed, or turn it into a model with wagle export"
             )
-        if not (self.path / INDEX_FILE).is_file():
-            raise WagleError(
-                f"checkpoint {path} does not exist or has no {INDEX_FILE}: it is no checkpoint of "
-                "ours"
-            )
-        index = read_json(self.path / INDEX_FILE, Index)
+        index = read_json(self.path / INDEX_FILE, Index, "index of a checkpoint")
         check_version(index["format_version"], FORMAT_VERSION, f"checkpoint {path} has")
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self.pieces = index["pieces"]
         by_parameter = [where for by_name in self.pieces.values() for where in by_name.values()]
-        self._open: dict[str, safe_open] = {}
-        for file in sorted({file for where in by_parameter for file, _, _ in where}):
+        files = sorted({file for where in by_parameter for file, _, _ in where})
+        for file in (*files, COMMON_FILE):
             if not (self.path / file).is_file():
                 raise WagleError(
-                    f"checkpoint {path} lacks the shard {file}: copy the whole folder, of every "
-                    "rank"
+                    f"checkpoint {path} lacks {file}: copy the whole folder, of every rank"
                 )
+        self._open: dict[str, safe_open] = {}
+        for file in files:
             try:
                 self._open[file] = safe_open(self.path / file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise WagleError(
                     f"shard {file} of checkpoint {path} is not whole: {error}"
                 ) from None
-        if not (self.path / COMMON_FILE).is_file():
-            raise WagleError(f"checkpoint {path} lacks {COMMON_FILE}")
 
     @cached_property
     def common(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import share_of
 
 
@@ -82,16 +81,3 @@ def shard_again(strategy: DeepSpeedStrategy) -> None:
     """Release parameters that a backward pass outside the engine left gathered (stage 3)."""
     if strategy.zero_stage_3:
         strategy.deepspeed_engine.optimizer.partition_all_parameters()
-
-
-def check_async_io() -> None:
-    """Refuse offload to NVMe if DeepSpeed's extension for it is not built: it would fail in the
-    middle of a run."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise WagleError(
-            "offload to NVMe needs DeepSpeed's async_io, which is not built here: install libaio "
-            "(libaio-dev) and run DS_BUILD_AIO=1 pip install --no-cache-dir deepspeed; or offload "
-            "to the CPU with deepspeed_stage_3_offload"
-        )

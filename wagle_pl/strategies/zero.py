@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -50,43 +50,25 @@ class ZeRO(DeepSpeedStrategy):
     * communication buffers no larger than the model.
 
     Args:
-        stage: 1 shards the optimiser's state, 2 gradients too, 3 parameters too.
-        offload_optimizer: keep the optimiser's state, and do its step, in CPU memory.
-        offload_parameters: keep parameters in CPU memory (stage 3).
         param_persistence_threshold: smaller parameters stay whole on every rank (stage 3).
-        config: a DeepSpeed configuration, or the path of one in JSON, in place of all other
-            options.
         logging_level: of DeepSpeed's own messages, as in Python's ``logging``.
+        **options: of Lightning's strategy: ``stage`` (1 shards the optimiser's state, 2 gradients
+            too, 3 parameters too), ``offload_optimizer``, ``offload_parameters``, ``config`` (a
+            DeepSpeed configuration, or its path, in place of all other options), and more.
     """
 
     def __init__(
         self,
-        stage: Literal[1, 2, 3] = 2,
-        offload_optimizer: bool = False,
-        offload_parameters: bool = False,
         param_persistence_threshold: int = 100_000,
-        config: Optional[Any] = None,
         logging_level: int = logging.ERROR,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
         try:
-            super().__init__(
-                stage=stage,
-                offload_optimizer=offload_optimizer,
-                offload_parameters=offload_parameters,
-                config=config,
-                logging_level=logging_level,
-                **kwargs,
-            )
+            super().__init__(logging_level=logging_level, **options)
         except (MisconfigurationException, ImportError) as error:
-            if "deepspeed" in str(error).lower() and "install" in str(error).lower():
-                raise WagleError("this strategy needs DeepSpeed: pip install deepspeed") from None
-            raise WagleError(f"strategy: {error}") from None
-        zero = self.config.get("zero_optimization") or {}
-        offloads = [zero.get(part) or {} for part in ("offload_optimizer", "offload_param")]
-        if any(offload.get("device") == "nvme" for offload in offloads):
-            internals.check_async_io()
-        if zero and config is None:
+            hint = "it needs: pip install deepspeed" if "nstall" in str(error) else None
+            raise WagleError(first_line(error), "strategy", hint) from None
+        if (zero := self.config.get("zero_optimization")) and options.get("config") is None:
             zero.setdefault("stage3_param_persistence_threshold", param_persistence_threshold)
             # torch's own optimisers are vectorised on CPUs; DeepSpeed's has to be compiled
             self.config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -160,10 +142,10 @@ class ZeRO(DeepSpeedStrategy):
         except (RuntimeError, subprocess.CalledProcessError) as error:
             if any(word in str(error).lower() for word in ("jit load", "build", "compil", "ninja")):
                 raise WagleError(
-                    f"DeepSpeed has to build a part of itself and cannot ({first_line(error)}): "
-                    "install a compiler and ninja, then DS_BUILD_CPU_ADAM=1 pip install "
-                    "--no-cache-dir deepspeed; or use an optimizer that needs no building, e.g. "
-                    "--optimizer MaskedAdamW"
+                    f"DeepSpeed has to build a part of itself and cannot ({first_line(error)})",
+                    hint="install a compiler and ninja, then DS_BUILD_CPU_ADAM=1 (DS_BUILD_AIO=1 "
+                    "and libaio for NVMe) pip install --no-cache-dir deepspeed; or use an optimizer "
+                    "that needs no building, e.g. --optimizer MaskedAdamW",
                 ) from error
             raise
 
