@@ -109,7 +109,6 @@ def test_outputs_are_not_replaced_unasked(mask: Any, refuses: Any) -> None:
         "combine a and a -o b",
         "invert a -o b.safetensors",
         "random a -o b",
-        "modules no/model --modules mlp -o b",
         "select no_scores --density 0.5 -o b",
         "convert b.pt -o b.safetensors",
     ):
@@ -167,20 +166,6 @@ def test_convert_there_and_back(mask: Any, tiny_model: str, refuses: Any) -> Non
     assert "nothing to convert; give --model" in refuses("convert a.safetensors -o c.safetensors")
     assert "suffix" in refuses("convert published.pt -o mask.npz")
     assert "does not exist" in refuses("convert none.pt -o c.safetensors")
-
-
-def test_modules(mask: Any, tiny_model: str, refuses: Any) -> None:
-    text = mask(f"modules {tiny_model} --modules mlp.down_proj,attn --layers 1 -o m")
-    found = WeightMask.load("m")
-    found.check(parameter_shapes(load_model(tiny_model)), found.metadata["model_fingerprint"])
-    chosen = {n for n in found if "layers.1." in n and ("self_attn" in n or "down_proj" in n)}
-    assert {n for n in found if found.count(n)} == chosen and f"{found.count():,} weights" in text
-    assert all(found[name].all() for name in chosen)
-    mask(f"modules {tiny_model} --layers 1 -o same --modules", "[mlp.down_proj, attn]")
-    assert WeightMask.load("same") == found
-    assert "the model has layers 0-1" in refuses(f"modules {tiny_model} --layers 1-2 -o x")
-    assert "'experts'" in refuses(f"modules {tiny_model} --modules experts -o x")
-    assert "give --modules, --layers or both" in refuses(f"modules {tiny_model} -o x")
 
 
 def test_select(mask: Any) -> None:

@@ -130,12 +130,12 @@ def _answer_at_once(args: Sequence[str]) -> None:
     """Print help or the version, or refuse an unknown command, before any library is imported."""
     first = args[0] if args else ""
     if first in ("-h", "--help", "help"):
-        said = overview()
+        text = overview()
     elif first == "--version":
-        said = f"wagle {__version__}"
+        text = f"wagle {__version__}"
     elif first in SCREENS and args[-1] != "all" and {"-h", "--help"}.intersection(args):
         file = Path(__file__).with_name("help") / SCREENS[first]
-        said = file.read_text(encoding="utf-8").rstrip()
+        text = file.read_text(encoding="utf-8").rstrip()
     elif first.startswith("-") or first in SUMMARIES:
         return
     else:
@@ -143,7 +143,7 @@ def _answer_at_once(args: Sequence[str]) -> None:
         fault = f"there is no command {first!r}" if args else "no command is given"
         choices = f"choose one of {', '.join(SUMMARIES)}"
         fail(f"{fault}; {did_you_mean(first, SUMMARIES, choices)}")
-    print(said)
+    print(text)
     raise SystemExit(0)
 
 
@@ -202,8 +202,8 @@ def run_command(name: str, args: Sequence[str]) -> Any:
 
 def _whole_help(args: Sequence[str]) -> list[str]:
     """Arguments with ``--help`` in place of ``--help all``."""
-    asked = {"-h", "--help"}.intersection(args)
-    return [*(args[:-1] if asked and args[-1] == "all" else args)]
+    for_help = {"-h", "--help"}.intersection(args)
+    return [*(args[:-1] if for_help and args[-1] == "all" else args)]
 
 
 def _is_unread(stream: TextIO) -> bool:

@@ -67,9 +67,9 @@ class WagleCLI(LightningCLI):
     def __init__(self, args: Optional[Sequence[str]] = None, **options: Any) -> None:
         _check_launcher()
         args = [*(sys.argv[1:] if args is None else args)]
-        known = self.subcommands()
-        if args[:1] and args[0] in known:  # no parser is built for the others
-            self.subcommands = lambda: {args[0]: known[args[0]]}
+        commands = self.subcommands()
+        if args[:1] and args[0] in commands:  # no parser is built for the others
+            self.subcommands = lambda: {args[0]: commands[args[0]]}  # type: ignore[method-assign]
         fixed = {
             "model_class": L.LightningModule,
             "datamodule_class": L.LightningDataModule,
@@ -101,8 +101,8 @@ class WagleCLI(LightningCLI):
         for name, value in options.as_dict().items():
             _check_value(value, name)
         if not min_seed_value <= (seed := int(options.get("seed_everything"))) <= max_seed_value:
-            said = f"must be in [{min_seed_value}, {max_seed_value}], got {seed}"
-            raise WagleError(said, "seed_everything")
+            range_error = f"must be in [{min_seed_value}, {max_seed_value}], got {seed}"
+            raise WagleError(range_error, "seed_everything")
 
     def _parse_ckpt_path(self) -> None:
         """Read no options from a checkpoint. (Private to Lightning, which would load all of it.)"""
@@ -122,9 +122,10 @@ class WagleCLI(LightningCLI):
         for option in ("optimizer", "lr_scheduler"):
             init = self.config_init[self.subcommand].get(option)
             if init and hasattr(self.model, f"make_{option}"):
-                cls, given = resolve_name(init["class_path"]), init.as_dict().get("init_args") or {}
+                cls = resolve_name(init["class_path"])
+                init_args = init.as_dict().get("init_args") or {}
                 first = next(iter(inspect.signature(cls).parameters))  # DeepSpeed: not "params"
-                options = {k: v for k, v in given.items() if k != first}  # it is given later
+                options = {k: v for k, v in init_args.items() if k != first}  # it is given later
                 setattr(self.model, f"make_{option}", partial(cls, **options))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -192,18 +193,18 @@ class WagleCLI(LightningCLI):
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that cannot be read, before the Trainer tries to resume from it."""
         options = self.config[self.subcommand]
-        given = str(options.get("ckpt_path") or "")
-        if given == "best":
+        name = str(options.get("ckpt_path") or "")
+        if name == "best":
             raise WagleError("no checkpoint is the best before a run: name a file", "ckpt_path")
-        if not given or "://" in given or given.partition(":")[0] in _NO_PATHS:
+        if not name or "://" in name or name.partition(":")[0] in _NO_PATHS:
             return
-        if not (path := Path(given)).is_file() and not path.is_dir():
-            raise absent("checkpoint", given)
+        if not (path := Path(name)).is_file() and not path.is_dir():
+            raise absent("checkpoint", name)
         if path.is_file() and options.get("weights_only") is not False:
             check_lightning(load_plain(path, f"checkpoint {path}"), f"checkpoint {path}")
         if path.is_dir() and not is_zero(self.trainer.strategy):
             raise WagleError(
-                f"checkpoint {given} was written under DeepSpeed: add --trainer.strategy "
+                f"checkpoint {name} was written under DeepSpeed: add --trainer.strategy "
                 "deepspeed_stage_2 (any stage and number of devices works), or turn it into a "
                 "model with wagle export"
             )
@@ -232,19 +233,19 @@ def _check_value(value: Any, option: str, hint: Any = None) -> None:
 
 def _hints(cls: type) -> dict[str, Any]:
     """Name of an option of a class -> its type; those that cannot be told are left out."""
-    found: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         with suppress(NameError, TypeError):
-            found |= get_type_hints(vars(base).get("__init__", object))
-    return found
+            hints |= get_type_hints(vars(base).get("__init__", object))
+    return hints
 
 
 def _check_launcher() -> None:
     """Refuse ranks, as launchers give them, that are no numbers."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
         if not (value := os.environ.get(name, "0")).isdecimal():
-            said = f"the environment variable {name} must be an integer, got {value!r}"
-            raise WagleError(said, hint="unset it, or start with torchrun or srun")
+            message = f"the environment variable {name} must be an integer, got {value!r}"
+            raise WagleError(message, hint="unset it, or start with torchrun or srun")
 
 
 # -- callbacks of every run -----------------------------------------------------------------------
@@ -279,8 +280,8 @@ class StopAtSignal(L.Callback):
         environment = trainer._accelerator_connector.cluster_environment
         requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
         self._requeue = environment.requeue_signal if requeues else None
-        found = {signum: signal.getsignal(signum) for signum in self._signals if signum}
-        self._outer = {signum: handler for signum, handler in found.items() if handler is not None}
+        handlers = {signum: signal.getsignal(signum) for signum in self._signals if signum}
+        self._outer = {signum: old for signum, old in handlers.items() if old is not None}
         self._asked, self._writing = 0, False
 
     def _restore(self, *_: Any, **__: Any) -> None:
@@ -327,8 +328,8 @@ class StopAtSignal(L.Callback):
         """Stop if any rank has received a signal and the step is done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        if asked := distributed.all_reduce_max(self._asked):
-            self._stop(trainer, self._signals[asked])
+        if index := distributed.all_reduce_max(self._asked):
+            self._stop(trainer, self._signals[index])
 
     def _stop(self, trainer: L.Trainer, signum: int) -> None:
         name, step = signal.Signals(signum).name, trainer.global_step

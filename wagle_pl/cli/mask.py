@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.text import fields, table
+
+if TYPE_CHECKING:
+    from wagle_pl.masks import WeightMask
 
 masks = LazyModule("wagle_pl.masks")
 figures = LazyModule("wagle_pl.lab.study.report.figures")
@@ -66,10 +70,10 @@ def compare(files: list[str]) -> None:
     rows = [[name, f"{m.count():,}", f"{m.density:.6f}", m.origin] for name, m in named.items()]
     pairs = []
     for left, right in combinations(named, 2):
-        found = named[left].jaccard(named[right])
+        jaccard = named[left].jaccard(named[right])
         expected = masks.expected_jaccard(named[left].density, named[right].density)
-        times = f"{found / expected:.2f}" if expected else "–"
-        pairs.append([f"{left}, {right}", f"{found:.6f}", f"{expected:.6f}", times])
+        times = f"{jaccard / expected:.2f}" if expected else "–"
+        pairs.append([f"{left}, {right}", f"{jaccard:.6f}", f"{expected:.6f}", times])
     print(table(["mask", "selected", "density", "made by"], rows, left=(0, 3)))
     print()
     print(table(["pair", "Jaccard", "if independent", "ratio"], pairs))
@@ -91,9 +95,9 @@ def combine(
         right: mask file.
         output: mask file to write.
     """
-    _check_output(output, overwrite)
     operation = {"and": operator.and_, "or": operator.or_, "minus": operator.sub}[how]
-    _write(operation(masks.WeightMask.load(left), masks.WeightMask.load(right)), output)
+    load = masks.WeightMask.load
+    _write(lambda: operation(load(left), load(right)), output, overwrite)
 
 
 def invert(file: str, *, output: str, overwrite: bool = False) -> None:
@@ -103,8 +107,7 @@ def invert(file: str, *, output: str, overwrite: bool = False) -> None:
         file: mask file.
         output: mask file to write.
     """
-    _check_output(output, overwrite)
-    _write(~masks.WeightMask.load(file), output)
+    _write(lambda: ~masks.WeightMask.load(file), output, overwrite)
 
 
 def convert(
@@ -124,20 +127,24 @@ def convert(
     from_torch, to_torch = map(_is_torch, (file, output))
     if from_torch == to_torch and (from_torch or model is None):
         hint = None if from_torch else "give --model to write the mask for another model"
-        said = f"{file} and {output} are of the same format: nothing to convert"
-        raise WagleError(said, hint=hint)
-    refuse_existing(Path(output), overwrite, "--overwrite")
-    shapes, made_for = _model(model) if model else (None, {})
-    if from_torch:
-        _write(masks.WeightMask.from_torch(file, shapes, made_for), output)
+        message = f"{file} and {output} are of the same format: nothing to convert"
+        raise WagleError(message, hint=hint)
+    if to_torch:
+        refuse_existing(Path(output), overwrite, "--overwrite")
+        mask = masks.WeightMask.load(file)
+        if model is not None:
+            shapes, made_for = _model(model)
+            mask.check(shapes, made_for["model_fingerprint"])
+        _report(mask, mask.to_torch(output))
         return
-    mask = masks.WeightMask.load(file)
-    if not to_torch:
-        _write(mask.moved(shapes, made_for), output)
-        return
-    if shapes is not None:
-        mask.check(shapes, made_for["model_fingerprint"])
-    _report(mask, mask.to_torch(output))
+
+    def converted() -> WeightMask:
+        shapes, made_for = _model(model) if model else (None, {})
+        if from_torch:
+            return masks.WeightMask.from_torch(file, shapes, made_for)
+        return masks.WeightMask.load(file).moved(shapes, made_for)
+
+    _write(converted, output, overwrite)
 
 
 def _is_torch(path: str) -> bool:
@@ -157,33 +164,7 @@ def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) ->
         output: mask file to write.
         seed: random seed.
     """
-    _check_output(output, overwrite)
-    _write(masks.WeightMask.load(like).random_like(seed), output)
-
-
-def modules(
-    model: str,
-    *,
-    modules: Optional[Union[list[str], str]] = None,
-    layers: Optional[str] = None,
-    output: str,
-    overwrite: bool = False,
-) -> None:
-    """Select whole modules of a model.
-
-    Args:
-        model: hub id, folder or .gguf file.
-        modules: e.g. mlp, or attn,mlp.down_proj; all modules when not given.
-        layers: only these layers, both ends included, e.g. 3-7 or 0-3,8.
-        output: mask file to write.
-    """
-    if not modules and layers is None:
-        raise WagleError("nothing is selected: give --modules, --layers or both")
-    _check_output(output, overwrite)
-    names = modules.split(",") if isinstance(modules, str) else modules
-    shapes, made_for = _model(model)
-    restriction = masks.Restriction(modules=names, layers=layers)
-    _write(restriction.mask(shapes, made_for["model"], made_for["model_fingerprint"]), output)
+    _write(lambda: masks.WeightMask.load(like).random_like(seed), output, overwrite)
 
 
 def select(
@@ -210,8 +191,8 @@ def select(
     """
     from wagle_pl.attribution import mask_from_scores
 
-    _check_output(output, overwrite)
-    _write(mask_from_scores(scores, density, select, scope, include, exclude), output)
+    selection = (scores, density, select, scope, include, exclude)
+    _write(lambda: mask_from_scores(*selection), output, overwrite)
 
 
 def plot(
@@ -232,19 +213,18 @@ def plot(
 
 
 VERBS = {
-    verb.__name__: verb
-    for verb in (info, compare, combine, invert, convert, random, modules, select, plot)
+    verb.__name__: verb for verb in (info, compare, combine, invert, convert, random, select, plot)
 }
 
 
-def _load_all(files: list[str]) -> dict[str, masks.WeightMask]:
+def _load_all(files: list[str]) -> dict[str, WeightMask]:
     """Masks by name: the file's stem if all stems differ, else its path."""
-    found = [masks.WeightMask.load(file) for file in files]
-    stems = [mask.source.stem for mask in found]
+    loaded = [masks.WeightMask.load(file) for file in files]
+    stems = [mask.source.stem for mask in loaded]
     if len(set(stems)) < len(stems):
-        stems = [str(mask.source.with_suffix("")) for mask in found]
-    named = dict(zip(stems, found, strict=True))
-    if len(named) < len(found):
+        stems = [str(mask.source.with_suffix("")) for mask in loaded]
+    named = dict(zip(stems, loaded, strict=True))
+    if len(named) < len(loaded):
         raise WagleError("the same mask file is given twice")
     return named
 
@@ -262,20 +242,19 @@ def _model(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
 
 
 def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
-    found = ((name, *counts) for name, counts in tally.items())
     rows = [
-        [name, f"{size:,}", f"{own:,}", f"{own / max(1, size):.6f}"] for name, own, size in found
+        [name, f"{size:,}", f"{selected:,}", f"{selected / max(1, size):.6f}"]
+        for name, (selected, size) in tally.items()
     ]
     return table([group, "weights", "selected", "density"], rows)
 
 
-def _check_output(output: str, overwrite: bool) -> None:
+def _write(make: Callable[[], WeightMask], output: str, overwrite: bool) -> None:
+    """Write a mask that is made once its file may be written."""
     refuse_existing(masks.mask_path(output), overwrite, "--overwrite")
-
-
-def _write(mask: masks.WeightMask, output: str) -> None:
+    mask = make()
     _report(mask, mask.save(output))
 
 
-def _report(mask: masks.WeightMask, path: Path) -> None:
+def _report(mask: WeightMask, path: Path) -> None:
     print(f"mask of {mask.count():,} weights (density {mask.density:.6f}) written to {path}")

@@ -53,9 +53,8 @@ class OneLineErrors(ArgumentParser):
     @property
     def options(self) -> set[str]:
         """The options of this parser and its commands, with their dashes."""
-        choices = (action.choices for action in self._actions)
-        commands = [found for found in choices if isinstance(found, Mapping)]
-        parsers = [parser for found in commands for parser in found.values()]
+        commands = (a.choices for a in self._actions if isinstance(a.choices, Mapping))
+        parsers = [parser for by_name in commands for parser in by_name.values()]
         return set(self._option_string_actions).union(*(parser.options for parser in parsers))
 
 
@@ -114,8 +113,8 @@ def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
     """
 
     options = _with_their_values(args)
-    given = {option[0].partition("=")[0] for option in options}
-    named = [n for n in given if any(f"{n}.".startswith(f"{cls}.") for cls in classes)]
+    names = {option[0].partition("=")[0] for option in options}
+    named = [n for n in names if any(f"{n}.".startswith(f"{cls}.") for cls in classes)]
     for cls in sorted(named, key=lambda n: n.count(".")):
         at = [option[0].partition("=")[0] for option in options].index(cls)
         early = [option for option in options[:at] if option[0].startswith(f"{cls}.")]
@@ -152,7 +151,7 @@ def expand(args: Sequence[str]) -> list[str]:
     """
     parts: list[Any] = []  # arguments, and the contents of configurations
     names: dict[str, Any] = {}
-    given: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     read: set[Path] = set()
     pending = iter(args)
     for argument in pending:
@@ -163,14 +162,14 @@ def expand(args: Sequence[str]) -> list[str]:
             continue
         value = value if equals else next(pending, "")
         if option.startswith("--run."):
-            given[option.removeprefix("--run.")] = parse_yaml(value, option)
+            variables[option.removeprefix("--run.")] = parse_yaml(value, option)
             continue
         *bases, named = _layered(find(value))  # the named file is read again if it was a base
         for path, content in [*(base for base in bases if base[0] not in read), named]:
             names |= content.pop("run", None) or {}
             parts.append(content)
             read.add(path)
-    names |= given
+    names |= variables
     expanded: list[str] = []
     for part in parts:
         if isinstance(part, str):
@@ -195,14 +194,14 @@ def _check_argument(argument: str) -> None:
 def find(name: str, beside: Optional[Path] = None) -> Path:
     """Find a configuration: a path, relative to the file ``beside`` that names it, or a name in the
     package, such as ``tofu/data``."""
-    own = Path(name) if beside is None else beside.parent / name
-    for path in (own, HOME / name, HOME / f"{name}.yaml"):
+    first = Path(name) if beside is None else beside.parent / name
+    for path in (first, HOME / name, HOME / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = {str(path.relative_to(HOME).with_suffix("")) for path in HOME.rglob("*.yaml")}
-    hint = did_you_mean(name.removesuffix(".yaml"), known)
+    names = {str(path.relative_to(HOME).with_suffix("")) for path in HOME.rglob("*.yaml")}
+    hint = did_you_mean(name.removesuffix(".yaml"), names)
     where = "" if beside is None else f" (named in {beside})"
-    raise WagleError(f"config file {own}{where} does not exist", hint=hint)
+    raise WagleError(f"config file {first}{where} does not exist", hint=hint)
 
 
 def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
@@ -219,11 +218,11 @@ def _layered(file: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         what = "base must be a file, or a list of files, to extend"
         raise WagleError(f"config file {file}: {what}; got {bases}")
-    found: dict[Path, dict[str, Any]] = {}
+    layers: dict[Path, dict[str, Any]] = {}
     for base in bases:
         for path, layer in _layered(find(base, file), (*above, file.resolve())):
-            found.setdefault(path, layer)
-    return [*found.items(), (file.resolve(), content)]
+            layers.setdefault(path, layer)
+    return [*layers.items(), (file.resolve(), content)]
 
 
 def _filled(value: Any, names: Mapping[str, Any]) -> Any:
@@ -236,7 +235,7 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
         return value
     if alone := _PLACEHOLDER.fullmatch(value):
         return _named(alone[1], names)
-    return _PLACEHOLDER.sub(lambda found: str(_named(found[1], names)), value)
+    return _PLACEHOLDER.sub(lambda match: str(_named(match[1], names)), value)
 
 
 def _named(name: str, names: Mapping[str, Any]) -> Any:

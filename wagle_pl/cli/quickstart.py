@@ -46,8 +46,8 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
     prepare_libraries()
     started = time.monotonic()
     sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
-    asked = [row for name in sets for row in people.bundled(name)]
-    texts = [row[column] for row in asked for column in ("question", "answer")]
+    rows_to_know = [row for name in sets for row in people.bundled(name)]
+    texts = [row[column] for row in rows_to_know for column in ("question", "answer")]
     tiny.create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
     print(f"a tiny Llama with random weights is in {RUNS}/base; now:", flush=True)
 
@@ -76,10 +76,10 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
         test = "test --config people/data --config task/test --model.max_new_tokens 40"
         wagle(f"{test} {folders}{against}")
     files = {row: RUNS / name / "test/metrics.json" for row, name in rows.items()}
-    found = {row: read_json(file, dict[str, float]) for row, file in files.items()}
+    metrics = {row: read_json(file, dict[str, float]) for row, file in files.items()}
     cells = [
         [row, *(f"{measured[key]:.3g}" if key in measured else "" for key in COLUMNS.values())]
-        for row, measured in found.items()
+        for row, measured in metrics.items()
     ]
     print(f"\n{markdown_table(['model', *COLUMNS], cells)}\n")
     what = "forget quality is the p-value against the retrained model's answers"

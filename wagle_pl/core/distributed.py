@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -102,9 +102,9 @@ def all_gather_tensor(share: Tensor) -> Tensor:
     """Collective: the ranks' (n, …) tensors concatenated to (R·n, …)."""
     if not is_distributed():
         return share
-    whole = share.new_empty((len(share) * world_size(), *share.shape[1:]))
-    _all_gather(whole, share.contiguous())
-    return whole
+    gathered = share.new_empty((len(share) * world_size(), *share.shape[1:]))
+    _all_gather(gathered, share.contiguous())
+    return gathered
 
 
 def all_gather_uneven(share: Tensor) -> Tensor:
@@ -124,9 +124,14 @@ def shared_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: on all ranks, if one fails; nothing is replaced then.
     """
-    with atomic_path(path) if rank() == 0 else nullcontext() as temporary:
-        folder = on_rank_zero(lambda: temporary.mkdir() or temporary)
-        error = None
+    with atomic_path(path) if rank() == 0 else nullcontext(path) as temporary:
+
+        def make() -> Path:
+            temporary.mkdir()
+            return temporary
+
+        folder = on_rank_zero(make)
+        error: Optional[Exception] = None
         try:
             yield folder
         except Exception as raised:

@@ -60,11 +60,11 @@ def silence() -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Versions, by name, of this package, Python, and the libraries that results depend on."""
-    found = {"wagle_pl": __version__, "python": platform.python_version()}
+    by_name = {"wagle_pl": __version__, "python": platform.python_version()}
     for name in ("torch", "lightning", "transformers", "deepspeed", "peft"):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            by_name[name] = version(name)
+    return by_name
 
 
 def peak_memory() -> int:

@@ -167,8 +167,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _disk_says(error: Exception) -> Optional[str]:
     """Why the disk takes no more, if an error of any writer says so."""
     number = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
-        number = int(found[1])
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        number = int(match[1])
     if "inline_container.cc" in str(error):  # torch.save says no more
         return "torch.save could not write all of it"
     return os.strerror(number) if number in _DISK_ERRORS else None

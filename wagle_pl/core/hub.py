@@ -35,8 +35,6 @@ class AdapterConfig(TypedDict):
 def locate(name: str) -> tuple[str, dict[str, str]]:
     """Source and options for ``from_pretrained``; only possible hub ids are left to the hub."""
     path = Path(name)
-    if path.exists() and not path.is_dir() and not path.is_file():
-        raise absent("model", name)
     if (file := _gguf_file(path)) is not None:
         return str(file.parent), {"gguf_file": file.name}
     if path.is_file():
@@ -67,11 +65,11 @@ def card_of(base: str, library: str, text: str, own: str = "") -> str:
     if (file := Path(base) / CARD_FILE).is_file():
         own = file.read_text(encoding="utf-8", errors="replace")
     header = re.match(r"\s*---\s*\n(.*?)\n---", own, re.DOTALL)
-    known = None
+    fields = None
     with suppress(WagleError):  # the base's card is not ours to mend
-        known = parse_yaml(header[1], CARD_FILE) if header else None
-    if isinstance(known, dict):
-        matter |= {key: known[key] for key in ("license", "base_model") if key in known}
+        fields = parse_yaml(header[1], CARD_FILE) if header else None
+    if isinstance(fields, dict):
+        matter |= {key: fields[key] for key in ("license", "base_model") if key in fields}
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n{text}\n"
 
 

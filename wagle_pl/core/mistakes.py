@@ -56,7 +56,7 @@ def _unknown_option(
     """An option that the class at a path does not have."""
     if name == "class_path":
         return f"{option}: it takes class_path and init_args, and nothing else"
-    cls = resolve_name(path)
+    cls: type = resolve_name(path)
     if cls in _bases(message):  # no class was named
         return f"{option}.{name}: no class is named for {option}; give --{option} CLASS before it"
     elsewhere = next((o for o in sorted(options) if o.endswith(f".{name}")), None)
@@ -76,11 +76,12 @@ def _unknown_class(value: str, option: str, message: str) -> str:
     return f"{option}: unknown class {value[:120]!r}; {did_you_mean(value, choices, hint)}"
 
 
-def _bases(message: str) -> list[type]:
+def _bases(message: str) -> list[type[object]]:
     """The classes among the innermost types that a report names."""
     types = re.findall(r"Subtypes: \[(.*)\]", message)[-1:]
-    bases: list[type] = []
+    bases: list[type[object]] = []
     for path in re.findall(r"\w+(?:\.\w+)+", "".join(types)):
         with suppress(ImportError, AttributeError):
-            bases += [cls for cls in [resolve_name(path)] if isinstance(cls, type)]
+            if isinstance(cls := resolve_name(path), type):
+                bases.append(cls)
     return bases

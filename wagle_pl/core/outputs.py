@@ -144,17 +144,18 @@ def write_or_keep(
     try:
         write(output)
         return
-    except (OSError, SafetensorError, Unwritable) as error:
-        cause = error.__cause__ if isinstance(error, Unwritable) else error
-        reason = getattr(cause, "strerror", None) or first_line(cause)
-    failed = f"output {output} cannot be written ({reason})"
+    except Unwritable as error:
+        failed = str(error).partition(":")[0]
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        failed = f"output {output} cannot be written ({reason})"
     if checkpoint:
         raise WagleError(
             f"{failed}: make room, or choose another --model.output, and run the same command with "
             f"--ckpt_path {checkpoint}"
         )
-    if again:
-        with suppress(OSError, SafetensorError, Unwritable):
+    with suppress(OSError, SafetensorError, Unwritable):
+        if again:
             kept = Path(tempfile.mkdtemp(prefix="wagle-")) / output.name
             try:
                 write(kept)

@@ -52,11 +52,10 @@ def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection
     """
     if isinstance(value, base):
         return value
-    name, given = split(value, option)
+    name, given = split(value, option)  # type: ignore[arg-type]
     cls = find_class(base, name, option, also)
-    options = check_options(cls, given, f"{option} {name}") if given else {}
     try:
-        return cls(**options)
+        return cls(**check_options(cls, given, f"{option} {name}"))
     except WagleError:
         raise
     except TypeError as error:
@@ -82,15 +81,11 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     if isinstance(cls, type) and issubclass(cls, base):
         return cls
     classes = [*subclasses(base)] or [base]
-    ours = {
-        c.__name__ for c in classes if c.__module__.startswith("wagle_pl") and c.__name__[0] != "_"
-    }
-    names = [*also, *sorted(ours)]
+    ours = {c.__name__ for c in classes if c.__module__.startswith("wagle_pl")}
+    names = [*also, *sorted(name for name in ours if not name.startswith("_"))]
+    choices = f"choose one of {', '.join(names)}, or a class path"
     hint = did_you_mean(name, names)
-    raise WagleError(
-        f"{option}: unknown name {name!r}; choose one of {', '.join(names)}, or a class path"
-        + (f": {hint}" if hint else "")
-    )
+    raise WagleError(f"{option}: unknown name {name!r}; {choices}" + (f": {hint}" if hint else ""))
 
 
 def _by_short_name(base: type[T], name: str) -> Any:
@@ -127,26 +122,24 @@ def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, 
 
     from wagle_pl.core.mistakes import in_one_line
 
+    if not given:
+        return {}
     names = option_names(cls)
-    found: dict[str, Any] = {}
-    for name, value in given.items():
+    for name in given:
         if name not in names:
             hint = did_you_mean(name, names, f"it has {', '.join(names)}")
             raise WagleError(f"{where}: {cls.__name__} has no option {name!r}", hint=hint)
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, "it", skip={*names} - {name}, instantiate=False)
-        try:
-            parsed = parser.parse_object({"it": {name: value}})
-            instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-            found[name] = instantiate(parsed).it[name]
-        except ArgumentError as error:
-            said = in_one_line(str(error)).replace("it.", "", 1)
-            raise WagleError(f"{where}: {said}") from None
-        except WagleError as error:
-            raise WagleError(f"{where}: {error}") from None
-        except (TypeError, ValueError) as error:
-            raise WagleError(f"{where}: {name}: {first_line(error)}") from None
-    return found
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "it", skip={*names} - {*given}, instantiate=False)
+    try:
+        parsed = parser.parse_object({"it": dict(given)})
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        made = instantiate(parsed).it
+    except ArgumentError as error:
+        raise WagleError(f"{where}: {in_one_line(str(error)).replace('it.', '', 1)}") from None
+    except (WagleError, TypeError, ValueError) as error:
+        raise WagleError(f"{where}: {first_line(error)}") from None
+    return {name: made[name] for name in given}
 
 
 def describe(value: Any) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
             check(name, args[0], where, f"{key} key".strip())
             check(item, args[1], where, _join(key, str(name)))
     elif get_origin(kind) in (list, tuple):
-        kinds = args if get_origin(kind) is tuple else args * len(value)
-        for index, (item, inner) in enumerate(zip(value, kinds, strict=True)):
+        items = args if get_origin(kind) is tuple else args * len(value)
+        for index, (item, inner) in enumerate(zip(value, items, strict=True)):
             check(item, inner, where, f"{key}[{index}]")
     return value
 

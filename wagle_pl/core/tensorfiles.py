@@ -77,10 +77,10 @@ class TensorFile:
 
     def check_format(self, kind: str, version: int) -> None:
         """Refuse a file that is not a ``wagle_pl`` file of this kind, or has a newer format."""
-        found, expected = self.metadata.get("format"), f"wagle_pl.{kind}"
-        if found != expected:
+        written, expected = self.metadata.get("format"), f"wagle_pl.{kind}"
+        if written != expected:
             raise WagleError(
-                f"{self.path} is not a wagle_pl {kind} (format {found!r}, expected {expected!r})"
+                f"{self.path} is not a wagle_pl {kind} (format {written!r}, expected {expected!r})"
             )
         check_version(self.metadata.get("format_version"), version, f"{self.path} has {kind}")
         if "digest" in self.metadata and sealed(self.metadata) != self.metadata:
@@ -241,7 +241,7 @@ def fill(path: Path, parts: Iterable[tuple[str, int, torch.Tensor]]) -> int:
         for name, start, values in parts:
             values = values.detach().to(dtypes[file.dtype(name)]).contiguous().cpu().reshape(-1)
             stream.seek(file.offset(name) + start * values.itemsize)
-            written += stream.write(memoryview(values.view(torch.uint8).numpy()))
+            written += stream.write(values.view(torch.uint8).numpy().data)
     return written
 
 

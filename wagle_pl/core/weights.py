@@ -44,7 +44,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def gathered(parameter: nn.Parameter, from_rank_zero: bool = False) -> Iterator[Tensor]:
+def gathered(parameter: Tensor, from_rank_zero: bool = False) -> Iterator[Tensor]:
     """A parameter's whole weights inside the context; a collective if it is sharded.
 
     With ``from_rank_zero``, changes made on rank 0 are kept.
@@ -109,12 +109,12 @@ def share_of(tensor: Tensor) -> tuple[int, Tensor]:
         size = -(-tensor.numel() // distributed.world_size())
         start = min(rank * size, tensor.numel())
         return start, tensor.detach().reshape(-1)[start : start + size]
-    size, whole, here = tensor.partition_numel(), tensor.ds_numel, tensor.ds_tensor.detach()
-    start = min(rank * size, whole)
+    size, total, shard = tensor.partition_numel(), tensor.ds_numel, tensor.ds_tensor.detach()
+    start = min(rank * size, total)
     if not _holds_share(tensor):
         with gathered(tensor) as weights:
-            here = weights.detach().reshape(-1)[start : start + size].clone()
-    return start, here[: min(size, whole - start)]
+            shard = weights.detach().reshape(-1)[start : start + size].clone()
+    return start, shard[: min(size, total - start)]
 
 
 # -- digests ---------------------------------------------------------------------------------------

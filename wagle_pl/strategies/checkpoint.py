@@ -55,7 +55,8 @@ def of_optimizer(
 ) -> tuple[list[Piece], dict[str, dict[str, float]]]:
     """Weights and optimiser state in this rank's flat partitions; and, by parameter and key, state
     that is a single number (a step count)."""
-    pieces, singles = [], {}
+    pieces: list[Piece] = []
+    singles: dict[str, dict[str, float]] = {}
     for fragment in held:
         name, flat = fragment.name, fragment.flat
         tensors = {WEIGHT: flat.detach()}
@@ -112,8 +113,8 @@ def save(
             write_tensors(folder / file, tensors, header)
             if rank == 0:
                 torch.save(dict(common), folder / COMMON_FILE)
-                header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-                text = json.dumps({**header, "shapes": shapes, "pieces": index})
+                described = {"format": FORMAT, "format_version": FORMAT_VERSION}
+                text = json.dumps({**described, "shapes": shapes, "pieces": index})
                 (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise WagleError(f"checkpoint {path} cannot be written: {error}") from None
@@ -196,8 +197,8 @@ class ShardedCheckpoint:
         for file, first, count in sorted(pieces, key=lambda piece: piece[1]):
             low, high = max(start, first), min(end, first + count)
             if low < high:
-                whole = self._open[file].get_slice(f"{key}/{name}")
-                parts.append(whole[low - first : high - first])
+                stored = self._open[file].get_slice(f"{key}/{name}")
+                parts.append(stored[low - first : high - first])
         if sum(map(len, parts)) != numel:
             raise WagleError(
                 f"checkpoint {self.path} does not hold all of {key} of {name}: it is of another "
@@ -219,7 +220,10 @@ class ShardedCheckpoint:
                     f"{self.shapes.get(name)} there, {shapes.get(name)} here"
                 )
         for name, parameter in parameters:
-            assign(parameter, lambda a, b, name=name: self.read(WEIGHT, name, a, b - a))
+            assign(parameter, partial(self._between, name))
+
+    def _between(self, name: str, start: int, stop: int) -> Tensor:
+        return self.read(WEIGHT, name, start, stop - start)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, held: Iterable[Fragment]) -> None:
         """Set the fp32 weights and the state in this rank's flat partitions, and the options."""

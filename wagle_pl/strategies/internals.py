@@ -39,7 +39,7 @@ def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) ->
     ``deepspeed.utils.safe_get_full_fp32_param`` and similar functions gather whole parameters on
     every rank; a checkpoint of shards needs each rank's own part.
     """
-    found = []
+    held = []
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
@@ -49,15 +49,15 @@ def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) ->
             start, here = share_of(parameter)
             if len(here):
                 flat = optimizer.fp32_partitioned_groups_flat[group]
-                found.append(Fragment(name, start, len(here), flat, at))
+                held.append(Fragment(name, start, len(here), flat, at))
         elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
             # stages 1 and 2: parameters are joined and cut; a rank holds at most two partly
             flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
             flats = flats or optimizer.fp32_groups_flat_partition  # of BF16_Optimizer
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             flat = flats[mapping.param_group_index]
-            found.append(Fragment(name, here.start, here.numel, flat, there.start))
-    return found
+            held.append(Fragment(name, here.start, here.numel, flat, there.start))
+    return held
 
 
 def use_cpu() -> None:

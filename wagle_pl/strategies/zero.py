@@ -190,7 +190,8 @@ class ZeRO(DeepSpeedStrategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """Write a folder: one safetensors file per rank, and what is common to all."""
-        path, module = Path(self.broadcast(filepath)), self.lightning_module
+        path = Path(self.broadcast(filepath))
+        module: Any = self.lightning_module  # of the suite
         left_out = ("state_dict", "optimizer_states")
         common = {key: value for key, value in checkpoint.items() if key not in left_out}
         common["buffers"] = persistent_buffers(module.lm)
@@ -211,7 +212,8 @@ class ZeRO(DeepSpeedStrategy):
         self, checkpoint_path: Any, weights_only: Optional[bool] = None
     ) -> dict[str, Any]:
         """Read weights and, when fitting, the optimiser's state, from any number of ranks."""
-        stored, module = files.ShardedCheckpoint(checkpoint_path), self.lightning_module
+        stored = files.ShardedCheckpoint(checkpoint_path)
+        module: Any = self.lightning_module
         fits = module.trainer.state.fn == TrainerFn.FITTING
         if not self.moves_weights:
             if fits:
