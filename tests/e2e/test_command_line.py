@@ -75,7 +75,7 @@ MISTAKES = {
     FINETUNE: {
         "--trainer.max_epochs 0.5": "trainer.max_epochs: ",
         "--trainer.max_epochs -1": "--trainer.max_epochs",
-        "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x": "trainer.callbacks.monitor: .*'x'",
+        "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x": "trainer.callbacks.monitor: .*`x`",
     },
     "fit": {
         "--config nowhere.yaml": "config file nowhere.yaml",
@@ -138,7 +138,7 @@ OTHER_COMMANDS = {
     "mask inf": "there is no command 'inf'; did you mean info?",
     "mask random --dens 0.2": "--dens: ",
     "patch apply": "BASE and PATCH",
-    "patch apply p.wagle model -o x": "model folder p.wagle",
+    "patch apply p.wagle model -o x": "patch file model is a folder",
 }
 
 
