@@ -305,8 +305,9 @@ class FinetuneModule(LanguageModule):
             return batch
         streams = {}
         for stream, tensors in batch.items():
-            padded = not tensors["attention_mask"].all()
-            noted = {**tensors, "places": answer_places(tensors["labels"]), "padded": padded}
+            noted = {**tensors, "places": answer_places(tensors["labels"])}
+            if "attention_mask" in tensors:
+                noted["padded"] = not tensors["attention_mask"].all()
             streams[stream] = {**noted, **(pack(noted) if self.packing else {})}
         return streams
 
