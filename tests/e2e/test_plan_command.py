@@ -66,9 +66,13 @@ def test_every_task_has_a_plan(tiny_model, capsys, task):
 
 MISTAKES = {
     "--model ./nowhere": "model folder ./nowhere does not exist",
-    "--strategy zero4": "strategy: must be auto, ddp",
+    "--strategy zero4": "strategy: must be 'auto', 'ddp'",
     "--devices 0": "devices: must be at least 1, got 0",
-    "--task learning": "task: must be attribution, unlearning, finetuning or test",
+    f"--devices 1{'0' * 40}": "devices: must be an integer, got an integer of more than 64 bits",
+    "--batch_size -1": "batch_size: must be at least 1, got -1",
+    "--max_length 0": "max_length: must be at least 1, got 0",
+    "--sums nosuch": "sums: must be device, host or passes=K, got 'nosuch'",
+    "--task learning": "task: must be 'attribution', 'unlearning', 'finetuning' or 'test'",
     "--density 1.5": "must be in (0, 1]",
     "--task attribution --precision 16-mixed": "not in fp16",
     "--task attribution --hessian hutchinson --strategy zero3": "needs whole parameters",
@@ -88,4 +92,4 @@ def test_a_model_without_known_shapes(fails, tmp_path):
     other = write_config(tmp_path / "clip", {"model_type": "clip"})
     assert "no causal language model with known shapes" in fails("plan", "--model", other)
     unknown = write_config(tmp_path / "unknown", {"model_type": "nonesuch"})
-    assert "cannot be planned for" in fails("plan", "--model", unknown)
+    assert "cannot be loaded" in fails("plan", "--model", unknown)

@@ -193,7 +193,7 @@ def test_a_damaged_gguf_file(tmp_path, spoil):
     for load in (load_model, load_tokenizer):
         line = said(load, file)
         assert "cannot be loaded: the GGUF file is damaged, cut short or of a kind" in line
-    assert "cannot be planned for: the GGUF file is damaged" in said(architecture, file)
+    assert "cannot be loaded: the GGUF file is damaged" in said(architecture, file)
 
 
 # -- on the command line ---------------------------------------------------------------------------

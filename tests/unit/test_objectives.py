@@ -463,7 +463,7 @@ def test_terms_say_what_they_need() -> None:
     [
         (lambda: o.NPO(beta=0), "objective.beta: must be above 0, got 0"),
         (lambda: o.SimNPO(beta=-1), "objective.beta: must be above 0, got -1"),
-        (lambda: o.DPO(beta=math.nan), "objective.beta: must be above 0, got nan"),
+        (lambda: o.DPO(beta=math.nan), "objective.beta: must be a number, got nan"),
         (lambda: o.SatImp(beta2=0), "objective.beta2: must be above 0"),
         (lambda: o.UNDIAL(beta=0), "objective.beta: must be above 0"),
         (lambda: o.RMU(steering=0), "objective.steering: must be above 0"),

@@ -8,8 +8,9 @@ from typing import Any, Optional
 
 import pytest
 
-from wagle_pl.core.text import markdown_table, mean_std
+from wagle_pl.core.text import markdown_table
 from wagle_pl.evaluation.results import load_table
+from wagle_pl.lab.study.numbers import mean_std
 from wagle_pl.lab.study.plants import overview, summarise
 
 CONFIGS = Path(__file__).parents[2] / "configs"

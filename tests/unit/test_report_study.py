@@ -18,9 +18,9 @@ import pytest
 from pages import Strict, figures, section
 
 from wagle_pl import WagleError
-from wagle_pl.core.text import mean_std
 from wagle_pl.evaluation.results import load_table, write_json
 from wagle_pl.lab.study import recovery
+from wagle_pl.lab.study.numbers import mean_std
 from wagle_pl.lab.study.recovery import HALF
 from wagle_pl.lab.study.report.curves import panels, study_overview
 from wagle_pl.lab.study.report.figures import image

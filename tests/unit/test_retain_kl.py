@@ -141,6 +141,6 @@ def test_only_batch_depends_on_how_rows_are_cut(pair: Any, encoded: Any) -> None
 
 
 def test_another_name_is_refused() -> None:
-    message = r"objective\.retain\.positions: must be answer or batch, got 'all'"
+    message = r"objective\.retain\.positions: must be 'answer' or 'batch', got 'all'"
     with pytest.raises(WagleError, match=message):
         KL(positions="all")

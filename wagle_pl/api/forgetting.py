@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wagle_pl.api.neighbours import retain_questions
 from wagle_pl.api.result import Forgotten
 from wagle_pl.api.rows import Earlier, GivenRows, Rows, restating, row_digest, rows_of
 from wagle_pl.api.subject import Examination, Origin, StopWhenForgotten, Subject
@@ -24,12 +25,12 @@ from wagle_pl.api.verdict import judge, was_known
 from wagle_pl.attribution import AttributionModule, Score
 from wagle_pl.attribution.scores import Curvature
 from wagle_pl.core.environment import silence
-from wagle_pl.core.errors import WagleError, check_density
+from wagle_pl.core.errors import WagleError, check_density, check_positive
 from wagle_pl.core.hub import load_tokenizer
 from wagle_pl.core.registry import describe, did_you_mean, option_names, resolve
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.example import Example, Row, parse_rows
-from wagle_pl.data.people import retain_questions
 from wagle_pl.data.rows import spread
 from wagle_pl.lm.models import checkpoint_dtype, load_model
 from wagle_pl.lm.saving import read_record
@@ -112,7 +113,7 @@ def forget(
     Raises:
         WagleError: if an argument is wrong, or a retain row was forgotten by an earlier request.
     """
-    _check_arguments(model, density, lr, seed, max_steps, data)
+    _check_options(data)
     rows = {"forget": rows_of(forget, "forget")}
     for name, source in (("retain", retain), ("earlier", earlier)):
         if source is not None:
@@ -151,6 +152,14 @@ class _Settings:
     max_steps: int
 
     def __post_init__(self) -> None:
+        check_arguments(_Settings.__init__, vars(self), "")
+        if self.density is not None:
+            check_density(self.density)
+        if self.lr is not None:
+            check_positive(self.lr, "lr")
+        for name, least in (("seed", 0), ("max_steps", 1)):
+            if not least <= (value := getattr(self, name)) < 2**32:
+                raise WagleError(f"must be from {least} to {2**32 - 1}, got {value}", name)
         self.doubles = self.lr is None
         if self.score is None:
             self.score = Curvature(power=1.0)
@@ -195,6 +204,7 @@ class _Run:
         data: Mapping[str, Any],
         progress: bool,
     ) -> None:
+        check_arguments(_Run.__init__, locals(), "")
         if isinstance(model, PreTrainedModel):
             self.base, source = None, model.config.name_or_path
             if tokenizer is None and not source:
@@ -388,28 +398,10 @@ def _example(example: Example, answer: str) -> str:
     return f"Asked {example.question[:60]!r}, the model says {answer[:60]!r}"
 
 
-def _check_arguments(
-    model: Any, density: Any, lr: Any, seed: Any, max_steps: Any, data: Mapping[str, Any]
-) -> None:
-    """Refuse arguments that cannot work, before anything is loaded."""
-    if not isinstance(model, (str, Path, PreTrainedModel)):
-        raise WagleError(
-            "model: must be a name, a folder or a loaded Hugging Face model, got "
-            f"{type(model).__name__}"
-        )
+def _check_options(data: Mapping[str, Any]) -> None:
+    """Refuse options that are none of the data module's."""
     if torch.is_inference_mode_enabled():
         raise WagleError("forget: needs gradients; call it outside torch.inference_mode()")
-    numbers = {"density": density, "lr": lr}
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise WagleError(f"{name}: must be a number or None, got {value!r}")
-    if density is not None:
-        check_density(density)
-    if lr is not None and not 0 < lr < float("inf"):
-        raise WagleError(f"lr: must be above 0, got {lr}")
-    for name, value, least in (("seed", seed, 0), ("max_steps", max_steps, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
-            raise WagleError(f"{name}: must be an integer from {least} on, got {value!r}")
     options = option_names(ForgetRetainDataModule)
     for name in data:
         if name not in options:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
+from wagle_pl.api.neighbours import names_of, words_of
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Example, Row, parse_rows
-from wagle_pl.data.people import names_of, words_of
 from wagle_pl.data.rows import load_rows
 
 if TYPE_CHECKING:

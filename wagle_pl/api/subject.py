@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wagle_pl.api.neighbours import invented_neighbours, words_of
 from wagle_pl.api.verdict import Asked, Scores, answer_recall, bound, has_gone
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.weights import evaluating
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import IGNORE, Example, Row
-from wagle_pl.data.people import invented_neighbours, words_of
 from wagle_pl.evaluation.functional import rouge
 from wagle_pl.lm.inference import first_tokens, forward_answers, generate, sequence_logprobs
 from wagle_pl.masks import WeightMask

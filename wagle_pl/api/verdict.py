@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, Optional
 
-from wagle_pl.data.people import words_of
+from wagle_pl.api.neighbours import words_of
 
 Outcome = Literal["forgotten", "partly forgotten", "model damaged", "not known before"]
 

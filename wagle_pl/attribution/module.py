@@ -37,7 +37,7 @@ from wagle_pl.attribution.sums import FP32, GradientSums, Sums
 from wagle_pl.core import outputs
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
-from wagle_pl.core.schema import check
+from wagle_pl.core.schema import check, check_arguments
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.layers import recompute_blocks
 from wagle_pl.lm.module import LanguageModule
@@ -133,6 +133,7 @@ class AttributionModule(LanguageModule):
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_arguments(AttributionModule.__init__, locals(), "model.")
         super().__init__(model=model, output=output, **kwargs)
         default = MaskSpec(score, density, select, scope, include, exclude)
         self.several = masks is not None

@@ -26,11 +26,11 @@ from wagle_pl.attribution.scores import COLLECTED, Score, WeightStatistics, chec
 from wagle_pl.attribution.selection import Ranking, Scope, select_each
 from wagle_pl.attribution.sums import BLOCK, GradientSums, Shard
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import WagleError, check_choice, check_density
+from wagle_pl.core.errors import WagleError, check_density
 from wagle_pl.core.reading import read_json
 from wagle_pl.core.records import MadeBy
 from wagle_pl.core.registry import resolve
-from wagle_pl.core.schema import Count
+from wagle_pl.core.schema import Count, check_arguments
 from wagle_pl.core.tensorfiles import check_version, write_tensors
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
@@ -80,6 +80,7 @@ class MaskSpec:
         return kept
 
     def check(self) -> None:
+        check_arguments(MaskSpec.__init__, vars(self), "")
         check_density(self.density)
         for option in ("include", "exclude"):
             pattern = getattr(self, option)
@@ -87,8 +88,6 @@ class MaskSpec:
                 re.compile(pattern or "")
             except re.error as error:
                 raise WagleError(f"{pattern!r} is no regular expression: {error}", option) from None
-        check_choice(self.select, ("high", "low"), "select")
-        check_choice(self.scope, ("global", "tensor", "row"), "scope")
 
     def options(self) -> dict[str, Any]:
         """What determines which weights are selected, for metadata."""

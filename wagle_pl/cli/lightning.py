@@ -10,11 +10,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional
 
 import lightning as L
 import yaml
@@ -32,7 +31,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.environment import trainer_errors
 from wagle_pl.core.errors import WagleError, causes, first_line
 from wagle_pl.core.files import absent, check_writable
-from wagle_pl.core.schema import check
+from wagle_pl.core.schema import check, hints_of
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.evaluation import Evaluate, EvaluationModule
@@ -233,11 +232,8 @@ def _check_value(value: Any, option: str, hint: Any = None) -> None:
 
 def _hints(cls: type) -> dict[str, Any]:
     """Name of an option of a class -> its type; those that cannot be told are left out."""
-    hints: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        with suppress(NameError, TypeError):
-            hints |= get_type_hints(vars(base).get("__init__", object))
-    return hints
+    inits = [vars(base)["__init__"] for base in reversed(cls.__mro__) if "__init__" in vars(base)]
+    return {name: kind for init in inits for name, kind in hints_of(init).items()}
 
 
 def _check_launcher() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Optional
 
 
@@ -42,11 +42,11 @@ def check_positive(value: float, option: str) -> float:
     return value
 
 
-def check_choice(value: str, choices: Sequence[str], option: str) -> None:
-    """Raise :class:`WagleError` if the value of an option is none of its choices."""
-    if value not in choices:
-        named = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise WagleError(f"must be {named}, got {value!r}", option=option)
+def check_counts(within: str, **options: Optional[int]) -> None:
+    """Raise :class:`WagleError` if an option that counts something is less than 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise WagleError(f"must be at least 1, got {value}", option=f"{within}{name}")
 
 
 def check_density(density: float) -> None:

@@ -9,10 +9,14 @@ type is ``Optional`` or ``Any`` may be missing.
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
 import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
     Any,
@@ -68,6 +72,30 @@ def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
     return value
 
 
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Name of a parameter -> its type, with Any for names that only type checkers know."""
+    names = defaultdict(lambda: Any, vars(builtins) | getattr(function, "__globals__", {}))
+    try:
+        return get_type_hints(function, localns=names)
+    except TypeError:  # an annotation that is no type
+        return {}
+
+
+def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], within: str) -> None:
+    """Check arguments of a function by its annotations; ``within`` precedes the names of options.
+
+    A Path is taken for a text, and a number of numpy or torch for Python's.
+    """
+    for name, kind in hints_of(function).items():
+        if name in values:
+            value = values[name]
+            if isinstance(value, Path):
+                value = str(value)
+            elif getattr(value, "shape", None) == () and hasattr(value, "item"):
+                value = value.item()
+            check(value, kind, f"{within}{name}")
+
+
 @lru_cache
 def _fields(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
@@ -105,15 +133,19 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _refuse(value: Any, kind: Any, where: str, key: str) -> NoReturn:
-    words = [_in_words(option) for option in _options(kind)]
-    expected = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    expected = _either(map(_in_words, _options(kind)))
     place = f"{where}: {key}" if key else where
     raise WagleError(f"{place}: must be {expected}, got {_short(_shown(value))}")
 
 
+def _either(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
+        return _either(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))}"
     return _WORDS.get(_outer(kind)) or f"a {_outer(kind).__name__}"

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_counts
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.example import Row
-from wagle_pl.data.module import ForgetRetainDataModule, check_counts
+from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import HubSet, load_rows, read_set
 from wagle_pl.data.suite import (
     Source,
@@ -286,7 +286,7 @@ class CopyrightDataModule(SuiteDataModule):
         super().__init__(
             chunk_size=chunk_size, prompt_size=prompt_size, limit_retain=limit_retain, **kwargs
         )
-        check_counts(test_chunks=test_chunks)
+        check_counts("data.", test_chunks=test_chunks)
         part = HubSet(BOOKS, "raw", "forget", aliases=("book.*",))
         self.book = Source([part], file=book, joined=True, chunked=True, paired=True)
         self.test_chunks = test_chunks

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
@@ -15,9 +15,10 @@ import lightning as L
 import numpy as np
 import torch
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_counts
 from wagle_pl.core.hub import load_tokenizer
 from wagle_pl.core.needs import Needs
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.data.batches import (
     Draw,
     GlobalBatchSampler,
@@ -36,7 +37,7 @@ from wagle_pl.data.example import (
     warn_of_repeats,
     without_overlap,
 )
-from wagle_pl.data.rows import load_rows, read_lines, spread
+from wagle_pl.data.rows import load_rows, read_lines, source_of, spread
 from wagle_pl.data.template import Template, check_ids
 
 if TYPE_CHECKING:
@@ -51,13 +52,6 @@ Source = Union[str, Sequence[Row]]
 ALIGNED = {"refusal": "forget", "alternate": "forget"}
 UNUSED = "retain_unused"  # test set of retain rows that are kept out of the retain stream
 REFUSALS = Path(__file__).parent / "refusals.txt"
-
-
-def check_counts(**options: Optional[int]) -> None:
-    """Refuse data options that count something and are less than 1."""
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise WagleError(f"must be at least 1, got {value}", option=f"data.{name}")
 
 
 class ForgetRetainDataModule(L.LightningDataModule):
@@ -132,16 +126,24 @@ class ForgetRetainDataModule(L.LightningDataModule):
         seed: int = 0,
         tokenizer: Optional[Union[str, PreTrainedTokenizerBase]] = None,
     ) -> None:
+        sources = {"forget": forget, "retain": retain, "holdout": holdout}
+        self.sources = {name: source_of(rows, f"data.{name}") for name, rows in sources.items()}
+        if isinstance(test, Mapping):
+            test = {name: source_of(rows, f"data.test.{name}") for name, rows in test.items()}
+        check_arguments(ForgetRetainDataModule.__init__, {**locals(), **self.sources}, "data.")
+        if seed < 0:
+            raise WagleError(f"must be 0 or more, got {seed}", "data.seed")
         super().__init__()
         self.limits = {"forget": limit_forget, "retain": limit_retain, "test": limit_test}
         check_counts(
+            "data.",
+            max_length=max_length,
             batch_size=batch_size,
             test_batch_size=test_batch_size,
             unused_retain=unused_retain,
             **{f"limit_{name}": value for name, value in self.limits.items()},
         )
         self.unused_retain = unused_retain
-        self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.test_sources = test
         self.val, self.split = val, split
         self.prompt_format, self.answer_format = prompt_format, answer_format
@@ -180,7 +182,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Rows of one source, as the options name it."""
         if isinstance(source, str):
             return load_rows(source, self.split)
-        return [dict(row) for row in source]
+        return [*source]
 
     def describe(self, name: str, test: bool = False) -> str:
         """Where the rows of a stream or a test set come from, for messages and the model card."""
@@ -276,8 +278,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the option names or is, or the model's."""
-        if isinstance(self.given_tokenizer, str):
-            return load_tokenizer(self.given_tokenizer)
+        if isinstance(self.given_tokenizer, (str, Path)):
+            return load_tokenizer(str(self.given_tokenizer))
         if self.given_tokenizer is not None:
             return self.given_tokenizer
         if self.needs.tokenizer is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, TypeVar, Union
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.core.reading import parse_json, readable
+from wagle_pl.core.schema import check
 from wagle_pl.data.example import TEXTS, Row
 
 T = TypeVar("T")
@@ -51,6 +52,18 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
     if not rows:
         raise WagleError(f"data file {source} has no rows")
     return rows
+
+
+def source_of(source: Any, name: str) -> Optional[Union[str, list[Row]]]:
+    """A file or hub dataset as text; rows (a list, generator, dataset, data frame) or one row as a
+    list. Other sources are refused by the option's name."""
+    if source is None or isinstance(source, (str, Path)):
+        return source if source is None else str(source)
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame
+        source = source.to_dict("records")
+    if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
+        source = [dict(row) if isinstance(row, Mapping) else row for row in source]
+    return check([source] if isinstance(source, dict) else source, list[Row], name)
 
 
 def read_lines(source: Union[str, Path], what: str) -> list[str]:

@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Optional
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_counts
 from wagle_pl.core.files import absent
 from wagle_pl.data.example import Row, parse_rows
-from wagle_pl.data.module import ForgetRetainDataModule, check_counts
+from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set, spread
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_counts(chunk_size=chunk_size, prompt_size=prompt_size)
+        check_counts("data.", chunk_size=chunk_size, prompt_size=prompt_size)
         if folder is not None and not Path(folder).is_dir():
             raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional
 
 from wagle_pl.attribution import hessian as hessians
 from wagle_pl.attribution.sums import BLOCK, Sums, runs_of
-from wagle_pl.core.errors import WagleError, check_choice, check_density
+from wagle_pl.core.errors import WagleError, check_counts, check_density
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.lm.inference import CHUNK
 from wagle_pl.masks.names import layer_of
 from wagle_pl.unlearning.optim import STATE_BYTES
@@ -41,13 +42,6 @@ PRECISIONS |= {"16-mixed": (4, 2), "16-true": (2, 2)}
 STAGES = {"auto": 0, "ddp": 0, "deepspeed_stage_2_offload": 2, "deepspeed_stage_3_offload": 3}
 STAGES |= {f"{kind}{stage}": stage for kind in ("zero", "deepspeed_stage_") for stage in (1, 2, 3)}
 STAGES["zero3_offload"] = 3
-CHOICES = {
-    "task": ("attribution", "unlearning", "finetuning", "test"),
-    "strategy": tuple(STAGES),
-    "precision": tuple(PRECISIONS),
-    "optimizer": tuple(STATE_BYTES),
-    "accelerator": ("gpu", "cpu"),
-}
 
 
 class Part(NamedTuple):
@@ -90,14 +84,12 @@ class Architecture(NamedTuple):
 def architecture(name: str) -> Architecture:
     """The architecture of a model: a hub id, folder in Hugging Face format, or GGUF file."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from wagle_pl.core.weights import parameter_shapes
     from wagle_pl.lm import models
 
-    source, options = models.locate(name)
-    with models.loading(f"model {name!r}", name, "planned for"):
-        full = AutoConfig.from_pretrained(source, **options)
+    full = models.checked_config(name)
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(full)
@@ -131,17 +123,17 @@ def architecture(name: str) -> Architecture:
 class PlannedRun:
     """A run; options without a comment are those of ``wagle plan``, which documents them."""
 
-    task: str = "unlearning"
-    strategy: str = "auto"
+    task: Literal["attribution", "unlearning", "finetuning", "test"] = "unlearning"
+    strategy: Literal[tuple(STAGES)] = "auto"  # type: ignore[valid-type]
     devices: int = 1
-    precision: str = "bf16-true"
-    accelerator: str = "gpu"
+    precision: Literal[tuple(PRECISIONS)] = "bf16-true"  # type: ignore[valid-type]
+    accelerator: Literal["gpu", "cpu"] = "gpu"
     density: float = 0.2
     #: A class of :mod:`wagle_pl.attribution.hessian`; None where the Hessian is a scalar.
     estimator: Optional[Any] = None
     diagonal: bool = False  # attribution keeps the diagonal, and not only its mean
     sums: str = "device"
-    optimizer: str = "MaskedAdamW"
+    optimizer: Literal[tuple(STATE_BYTES)] = "MaskedAdamW"  # type: ignore[valid-type]
     batch_size: int = 1
     max_length: int = 512
     accumulate_grad_batches: int = 1
@@ -149,22 +141,20 @@ class PlannedRun:
     frozen_copy: bool = False
 
     def __post_init__(self) -> None:
-        for option, names in CHOICES.items():
-            check_choice(getattr(self, option), names, option)
-        for option in ("devices", "batch_size", "max_length", "accumulate_grad_batches"):
-            if getattr(self, option) < 1:
-                raise WagleError(f"must be at least 1, got {getattr(self, option)}", option=option)
+        check_arguments(PlannedRun.__init__, vars(self), "")
+        counts = ("devices", "batch_size", "max_length", "accumulate_grad_batches")
+        check_counts("", **{name: getattr(self, name) for name in counts})
         check_density(self.density)
+        run = (self.precision, self.stage, self.devices, self.estimator, self.in_sums)
         if self.task == "attribution":
-            hessians.check_run(
-                self.precision, self.stage, self.devices, self.estimator, self.in_sums
-            )
+            hessians.check_run(*run)
         if self.stage == 3 and self.frozen_copy:
             raise WagleError("does not work under ZeRO-3; choose another", option="frozen_copy")
 
     @property
     def in_sums(self) -> Sums:
-        return Sums.parse(self.sums) if self.task == "attribution" else Sums()
+        sums = Sums.parse(self.sums)
+        return sums if self.task == "attribution" else Sums()
 
     @property
     def stage(self) -> int:

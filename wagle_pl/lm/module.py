@@ -20,7 +20,7 @@ from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import check_writable
 from wagle_pl.core.needs import Needs
-from wagle_pl.core.schema import check
+from wagle_pl.core.schema import check, check_arguments
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.models import vocabulary_size
@@ -119,10 +119,8 @@ class LanguageModule(L.LightningModule):
         overwrite: bool = False,
         attn_implementation: Optional[str] = None,
     ) -> None:
+        check_arguments(LanguageModule.__init__, locals(), "model.")
         super().__init__()
-        if not isinstance(model, (str, Path, PreTrainedModel)):
-            kind = type(model).__name__
-            raise WagleError(f"model: must be a name, a folder or a Hugging Face model, got {kind}")
         # not as a module of this one, whose checkpoints would hold it twice
         vars(self)["_given"] = model if isinstance(model, PreTrainedModel) else None
         self._home = None if self._given is None else self._given.device

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal, Optional, Union
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wagle_pl.core.errors import WagleError, check_choice, check_positive
+from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.registry import resolve
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.objectives.retain import NONE, RetainTerm
 from wagle_pl.objectives.streams import Streams
 
@@ -125,10 +126,10 @@ class Objective(ABC):
     average: Literal["rows", "tokens"] = "rows"
 
     def __post_init__(self) -> None:
+        check_arguments(type(self).__init__, vars(self), "objective.")
         for option in fields(self):
             if option.metadata.get("positive"):
                 check_positive(getattr(self, option.name), f"objective.{option.name}")
-        check_choice(self.average, ("rows", "tokens"), "objective.average")
         self.retain = resolve(RetainTerm, self.retain, "objective.retain")
         if isinstance(self.retain, NONE):
             self.retain_weight = 0.0

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wagle_pl.core.errors import WagleError, check_choice
+from wagle_pl.core.errors import WagleError
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.lm.inference import in_chunks
 from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.streams import Answers, Streams
@@ -72,7 +73,7 @@ class KL(RetainTerm):
     positions: Literal["answer", "batch"] = "answer"
 
     def __post_init__(self) -> None:
-        check_choice(self.positions, ("answer", "batch"), "objective.retain.positions")
+        check_arguments(type(self).__init__, vars(self), "objective.retain.")
 
     @property
     def all_positions(self) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wagle_pl.core.distributed import stable_seed
-from wagle_pl.core.errors import WagleError, check_choice
+from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.inference import in_chunks, logprobs_of
 from wagle_pl.objectives.objective import Objective, Schedule, positive
 from wagle_pl.objectives.retain import cross_entropy, kl_from_theta0
@@ -55,10 +55,6 @@ class UNDIAL(Objective):
 
     beta: float = positive(10.0)
     positions: Literal["answer", "batch"] = "answer"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.positions, ("answer", "batch"), "objective.positions")
 
     @property
     def by_token(self) -> bool:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from wagle_pl.core import outputs
 from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.weights import evaluating, parameter_shapes, share_of
 from wagle_pl.lm import resume
 from wagle_pl.lm.inference import (
@@ -108,6 +109,7 @@ class FinetuneModule(LanguageModule):
         lr: Optional[float] = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(FinetuneModule.__init__, locals(), "model.")
         super().__init__(model=model, output=output, **kwargs)
         for option, value in (("lr", lr or 0), ("warmup", warmup)):
             if not 0 <= value < float("inf"):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.weights import evaluating, mismatch
 from wagle_pl.data.template import differing_prompts
 from wagle_pl.lm.resume import random_state, set_random_state
@@ -84,11 +85,10 @@ class UnlearnModule(FinetuneModule):
         top_k: int = 64,
         **kwargs: Any,
     ) -> None:
+        check_arguments(UnlearnModule.__init__, locals(), "model.")
         super().__init__(model=model, output=output, **kwargs)
         self.objective = resolve(Objective, objective, "objective")
         self.streams = self.objective.streams
-        if not isinstance(mask, (str, Path, WeightMask, type(None))):
-            raise WagleError(f"mask: must be a file or a WeightMask, got {type(mask).__name__}")
         self.mask_file = str(mask) if isinstance(mask, (str, Path)) else None
         self.step_rule = None if step_rule is None else resolve(StepRule, step_rule, "step_rule")
         if self.step_rule is not None:

@@ -33,12 +33,13 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.needs import Needs
 from wagle_pl.core.registry import Entry
-from wagle_pl.core.text import count, decimals, markdown_table, mean_std, table
+from wagle_pl.core.text import count, markdown_table, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Options
 from wagle_pl.lab.study import grid
+from wagle_pl.lab.study.numbers import decimals, mean_std
 from wagle_pl.lab.study.report.curves import plants_overview
 from wagle_pl.lab.study.report.figures import save_figure
 from wagle_pl.lab.study.runs import (

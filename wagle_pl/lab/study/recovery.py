@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Optional
 
 import pandas as pd
 
-from wagle_pl.core.text import decimals, mean_std
 from wagle_pl.evaluation.attacks.attack import PREFIX
 from wagle_pl.evaluation.attacks.weights import STEP
 from wagle_pl.evaluation.results import BETTER, WORSE
+from wagle_pl.lab.study.numbers import decimals, mean_std
 from wagle_pl.lab.study.summary import (
     NEVER,
     Compared,

@@ -21,7 +21,7 @@ from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.needs import Needs
 from wagle_pl.core.registry import option_names
-from wagle_pl.core.text import count, decimals
+from wagle_pl.core.text import count
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
@@ -36,6 +36,7 @@ from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_atta
 from wagle_pl.evaluation.records import defined_only
 from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
 from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE, grid, text
+from wagle_pl.lab.study.numbers import decimals
 from wagle_pl.lab.study.recovery import at_the_level
 from wagle_pl.lab.study.report.curves import study_overview
 from wagle_pl.lab.study.report.figures import save_figure

@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from wagle_pl.core.text import count, decimals, markdown_table, mean_std, table
+from wagle_pl.core.text import count, markdown_table, table
 from wagle_pl.lab.study import recovery
+from wagle_pl.lab.study.numbers import decimals, mean_std
 from wagle_pl.lab.study.summary import AT_END
 
 Arm = Mapping[str, Any]  # one of a summary's ``headline``
