@@ -299,7 +299,7 @@ def test_an_estimator_as_an_object():
     for options, message in (
         ({"hessian": own, "hessian_samples": 2}, "hessian_samples: must be 1 for a Hessian object"),
         ({"hessian": own, "gamma": 2.0}, "a number is for hessian scalar, not for Hutchinson"),
-        ({"hessian": Hutchinson}, "hessian: must be a name, or class_path and init_args"),
+        ({"hessian": Hutchinson}, "model.hessian: must be a text or a Hessian, got <class"),
         ({"hessian": Hessian()}, "hessian: Hessian must override add"),
         ({"hessian": f"{Hessian.__module__}.Hessian"}, "hessian: Hessian must override add"),
         (

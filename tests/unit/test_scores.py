@@ -305,7 +305,7 @@ def test_a_spec_takes_what_it_lacks_from_the_default():
     [
         ({"density": 2.0}, "must be in"),
         ({"include": "("}, "no regular expression"),
-        ({"scope": "layer"}, "scope: must be global, tensor or row"),
+        ({"scope": "layer"}, "scope: must be 'global', 'tensor' or 'row'"),
         ({"sparsity": 0.1}, "unknown key 'sparsity'"),
         ({"score": "gradients"}, "score: unknown name 'gradients'"),
     ],

@@ -178,5 +178,5 @@ def test_the_data_counts_tokens_of_the_global_batch(rows: dict[str, str], tiny_m
 
 
 def test_another_average_is_refused() -> None:
-    with pytest.raises(WagleError, match="must be .rows. or .tokens."):
+    with pytest.raises(WagleError, match="must be 'rows' or 'tokens'"):
         o.NPO(average="batch")

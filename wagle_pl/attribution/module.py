@@ -133,7 +133,7 @@ class AttributionModule(LanguageModule):
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_arguments(AttributionModule.__init__, locals(), "model.")
+        check_arguments(AttributionModule.__init__, {**locals(), "masks": None}, "model.")
         super().__init__(model=model, output=output, **kwargs)
         default = MaskSpec(score, density, select, scope, include, exclude)
         self.several = masks is not None

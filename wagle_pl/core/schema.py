@@ -84,11 +84,12 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], within: str) -> None:
     """Check arguments of a function by its annotations; ``within`` precedes the names of options.
 
-    A Path is taken for a text, and a number of numpy or torch for Python's.
+    A Path is taken for a text, a number of numpy or torch for Python's, and a ``class_path`` for an
+    object: :func:`~wagle_pl.core.registry.resolve` checks it.
     """
     for name, kind in hints_of(function).items():
-        if name in values:
-            value = values[name]
+        value = values.get(name, ...)
+        if value is not ... and not (isinstance(value, Mapping) and "class_path" in value):
             if isinstance(value, Path):
                 value = str(value)
             elif getattr(value, "shape", None) == () and hasattr(value, "item"):
