@@ -48,7 +48,7 @@ def export(
     Raises:
         WagleError: if there is no such checkpoint, it has no language model, or its base is gone.
     """
-    refuse_existing(Path(output), overwrite, "--overwrite true", kind="folder")
+    refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     path, where = Path(path), f"checkpoint {path}"
     if path.is_dir() and (path / "index.json").is_file():
         ranks = ShardedCheckpoint(path)

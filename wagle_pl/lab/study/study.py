@@ -161,7 +161,7 @@ class Study:
         self._attacks, self._every_attack = find_attacks(self.attacks, "--attacks")
         if self._attacks and not self.until_level:
             raise WagleError(
-                "--attacks: the attacked model is the one that reaches the level: give --until_level true"
+                "--attacks: the attacked model is the one that reaches the level: give --until_level"
             )
         self._length = {"max_steps": self.steps} if self.steps else {"max_epochs": self.epochs or 5}
         self._optimizer = grid.read_optimizer(self.optimizer)
