@@ -36,9 +36,9 @@ _WARNINGS = (
 _LOGGERS = ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda", "fabric.utilities.seed")
 
 
-def fail(message: str, code: int = EXIT_MISTAKE) -> NoReturn:
+def fail(message: str) -> NoReturn:
     print(f"wagle: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code)
+    raise SystemExit(EXIT_MISTAKE)
 
 
 def mistake(error: BaseException) -> Optional[str]:

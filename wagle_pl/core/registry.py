@@ -95,8 +95,8 @@ def _by_short_name(base: type[T], name: str) -> Any:
     return (short | {_fold(cls.__name__): cls for cls in classes}).get(_fold(name))
 
 
-def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
-    """Class name and options in a part of a configuration, which may have ``also`` other keys.
+def split(value: Entry, option: str) -> tuple[str, dict[str, Any]]:
+    """Class name and options in a part of a configuration.
 
     >>> split({"class_path": "NPO", "init_args": {"beta": 0.2}}, "objective")
     ('NPO', {'beta': 0.2})
@@ -107,7 +107,7 @@ def split(value: Entry, option: str, also: Collection[str] = ()) -> tuple[str, d
         value = value.as_dict()
     if not isinstance(value, Mapping) or not isinstance(value.get("class_path"), str):
         raise WagleError(f"{option}: must be a name, or class_path and init_args; got {value!r}")
-    unknown = sorted(set(value) - {"class_path", "init_args", *also})
+    unknown = sorted(set(value) - {"class_path", "init_args"})
     if unknown:
         raise WagleError(
             f"{option} {value['class_path']}: unknown key {unknown[0]!r}; options of the class go "
