@@ -27,14 +27,8 @@ from wagle_pl.evaluation import (
 from wagle_pl.evaluation.attacks.weights import finetune_
 from wagle_pl.evaluation.membership import MEMBERSHIP_NEEDS, SCORES
 from wagle_pl.evaluation.records import MEASURES
-from wagle_pl.evaluation.results import (
-    RESULT_KEYS,
-    arrow,
-    comparison,
-    from_result,
-    to_result,
-    write_table,
-)
+from wagle_pl.evaluation.results import arrow, comparison, write_table
+from wagle_pl.evaluation.tofu_result import RESULT_KEYS, from_result, to_result
 from wagle_pl.lm.models import load_model, load_tokenizer
 
 pytestmark = pytest.mark.xdist_group("suites")  # which share a model that is trained

@@ -30,8 +30,9 @@ from wagle_pl.evaluation.openunlearning import (
     to_logs as logs_of,
 )
 from wagle_pl.evaluation.records import defined_only, intervals
-from wagle_pl.evaluation.results import from_result, write_json
+from wagle_pl.evaluation.results import write_json
 from wagle_pl.evaluation.suites import MUSESuite, TOFUSuite, more_of_openunlearning
+from wagle_pl.evaluation.tofu_result import from_result
 
 PROMPT = "system\n\nCutting Knowledge Date: December 2023\n\nYou are a helpful assistant.user\n\n{}assistant\n\n"
 

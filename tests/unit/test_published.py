@@ -9,7 +9,7 @@ from wagle_pl import WagleError
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import Records, tofu_forget_quality, tofu_model_utility
 from wagle_pl.evaluation.functional import ks_test
-from wagle_pl.evaluation.results import from_result
+from wagle_pl.evaluation.tofu_result import from_result
 
 pytestmark = pytest.mark.skipif(
     not TOFU_LOGS.is_dir(), reason="published result files are not here"

@@ -15,8 +15,9 @@ import yaml
 from pages import EVIL, figures, numbers, records, section, step, write_run
 
 from wagle_pl import WagleError
-from wagle_pl.evaluation.results import arrow, to_result, write_json, write_table
+from wagle_pl.evaluation.results import arrow, write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
+from wagle_pl.evaluation.tofu_result import to_result
 from wagle_pl.lab.study.report.page import render, write_report
 from wagle_pl.lab.study.report.sources import gather
 from wagle_pl.masks import WeightMask

@@ -14,7 +14,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.results import Table
+from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lm.models import loading
 
 LONGEST = 512  # tokens of a text that a classifier reads, as SOUL's evaluation cuts them

@@ -31,8 +31,9 @@ from wagle_pl.evaluation.observe import GENERATED, Observer, Record, merge, obse
 from wagle_pl.evaluation.openunlearning import summary, to_logs
 from wagle_pl.evaluation.options import Options, Plan
 from wagle_pl.evaluation.records import Info, defined_only, intervals
-from wagle_pl.evaluation.results import Results, Table
+from wagle_pl.evaluation.results import Results
 from wagle_pl.evaluation.suites import Suite
+from wagle_pl.evaluation.tofu_result import Table, to_result
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.state import ModelState
 
@@ -314,7 +315,7 @@ class Evaluation:
     def _files(self, tested: Results) -> dict[str, Any]:
         """File -> its content; ``metrics.json``, which says that the test is complete, is last."""
         plan, tables, files = self.plan, tested.tables, dict[str, Any]()
-        if result := results_files.to_result(tables):
+        if result := to_result(tables):
             files[results_files.RESULT_FILE] = result
         if plan.options.format == "openunlearning":
             scores = membership_scores(plan.observations(tables), *plan.pair)

@@ -20,8 +20,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.records import MEASURES, Observations, Records, Value
-from wagle_pl.evaluation.results import Table
 from wagle_pl.evaluation.suites import Suite, find_suite
+from wagle_pl.evaluation.tofu_result import Table
 
 #: Makes values by name from the records of test sets.
 Measures = Callable[[Mapping[str, Table]], Mapping[str, Value]]

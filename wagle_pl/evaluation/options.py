@@ -13,7 +13,7 @@ from wagle_pl.evaluation import classifiers, results
 from wagle_pl.evaluation.attacks.attack import Attack, find_attacks
 from wagle_pl.evaluation.observe import GENERATED, NEEDS
 from wagle_pl.evaluation.records import Observations, Value
-from wagle_pl.evaluation.results import Results, Table
+from wagle_pl.evaluation.results import Results
 from wagle_pl.evaluation.suites import (
     MUSESuite,
     Suite,
@@ -21,6 +21,7 @@ from wagle_pl.evaluation.suites import (
     find_suite,
     more_of_openunlearning,
 )
+from wagle_pl.evaluation.tofu_result import Table
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.results import Results, Table
+from wagle_pl.evaluation.results import Results
+from wagle_pl.evaluation.tofu_result import Table
 
 Value = Union[float, Undefined]
 Direction = Literal["higher", "lower", "retrained"]

@@ -2,15 +2,13 @@
 one table, and written whole or not at all.
 
 A *table* has the records of a test set, one per row; on disk it is a Parquet file that says what it
-depends on. A *TOFU result* is ``{file key: {measure: {row: value}}}``, the form in which TOFU's
-authors publish results; the file keys are theirs (:data:`RESULT_KEYS`).
+depends on.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, TypedDict, Union
 
-import torch
-
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import atomic_path, write_text
 from wagle_pl.core.hub import ADAPTER_FILE
 from wagle_pl.core.reading import parse_json, read_json
-from wagle_pl.core.schema import Count, Digits, check
+from wagle_pl.core.schema import Count, check
 from wagle_pl.core.text import table as text_table
 from wagle_pl.data.template import differing_prompts
-from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation import openunlearning
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.openunlearning import question_in
+from wagle_pl.evaluation.tofu_result import Result, ResultLog, Table, from_result
 
 if TYPE_CHECKING:
     from wagle_pl.evaluation.records import Direction, Info, Value
@@ -41,22 +36,10 @@ METRICS_FILE = "metrics.json"
 INFO_FILE = "metrics.info.json"
 RESULT_FILE = "tofu_result.json"
 
-Table = list[dict[str, Any]]
 Pair = tuple[str, str]
-Result = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 BETTER, WORSE, SAME = "▲", "▼", "="
 NOTICED = 0.01  # relative difference up to which two numbers are called the same
-
-#: Test set name -> its key in a TOFU result file.
-RESULT_KEYS = {
-    "forget": "eval_log_forget.json",
-    "retain": "eval_log.json",
-    "real_authors": "eval_real_author_wo_options.json",
-    "world_facts": "eval_real_world_wo_options.json",
-}
-#: Test sets whose probability is among the options.
-OPTION_SETS = ("real_authors", "world_facts")
 
 
 # -- earlier tests -------------------------------------------------------------------------------
@@ -91,20 +74,6 @@ class TestedRow(TypedDict):
     question: str
     answer: str
     generation: Optional[str]
-
-
-class ResultLog(TypedDict):
-    """Rows of a test set in a TOFU result, as far as they are read."""
-
-    generated_text: Optional[dict[Digits, tuple[str, Optional[str], str]]]  # question, said, answer
-    avg_gt_loss: Optional[dict[Digits, float]]
-    num_token_gt: Optional[dict[Digits, float]]
-    avg_paraphrased_loss: Optional[dict[Digits, float]]
-    num_token_paraphrased: Optional[dict[Digits, float]]
-    average_perturb_loss: Optional[dict[Digits, Optional[list[float]]]]
-    num_token_perturb: Optional[dict[Digits, Optional[list[float]]]]
-    rouge1_recall: Optional[dict[Digits, Optional[float]]]
-    rougeL_recall: Optional[dict[Digits, Optional[float]]]
 
 
 #: File of a test folder -> its schema.
@@ -195,12 +164,12 @@ class Results:
         here = self.table(name)
         if textless(here) and len(here) == len(table):
             return here
-        found = dict(zip(pairs_of(here), here, strict=True))
+        by_pair = dict(zip(pairs_of(here), here, strict=True))
         pairs = pairs_of(table)
-        if missing := sum(pair not in found for pair in pairs):
+        if missing := sum(pair not in by_pair for pair in pairs):
             lacks = f"it lacks {missing} of {len(table)}"
             raise Undefined(f"{self.path} is on other {name} rows: {lacks}")
-        return [found[pair] for pair in pairs]
+        return [by_pair[pair] for pair in pairs]
 
 
 def pairs_of(table: Table) -> list[Pair]:
@@ -219,8 +188,8 @@ def bare(text: str) -> str:
 
 def differing(pairs: Sequence[Pair], others: Sequence[Pair]) -> int:
     """How many rows of two test sets differ, in any order; counted on the side with more."""
-    here, there = Counter(pairs), Counter(others)
-    return max((here - there).total(), (there - here).total())
+    counts, other_counts = Counter(pairs), Counter(others)
+    return max((counts - other_counts).total(), (other_counts - counts).total())
 
 
 def folder_of(place: Path) -> Path:
@@ -264,11 +233,12 @@ def _holds_model(folder: Path) -> bool:
 
 def check_prompts(results: Mapping[str, Results], prompts: Mapping[str, Any]) -> None:
     """Refuse results (``retrained``, ``target``, …) for other prompts; warn for the target's."""
-    for option, found in results.items():
-        other = differing_prompts(found.prompts, prompts)
+    for option, earlier in results.items():
+        other = differing_prompts(earlier.prompts, prompts)
         if other and option != "target":
-            said = f"{found.option}: {found.path} was tested with other prompts ({other})"
-            raise WagleError(f"{said}: test that model with these, or give this run those")
+            why = f"{earlier.path} was tested with other prompts ({other})"
+            what = "test that model with these, or give this run those"
+            raise WagleError(f"{earlier.option}: {why}: {what}")
         if other:
             log.warning("the target's results are of other prompts: %s", other)
 
@@ -279,22 +249,24 @@ def check_rows(
     """Refuse results on other rows of a test set (order does not matter); warn for the target's.
     ``instead`` is the option that takes a retrained model's results on other rows."""
     pairs = [(bare(question), bare(answer)) for question, answer in pairs]
-    for option, found in results.items():
-        there = pairs_of(found.tables.get(name, []))
-        count = differing(pairs, there) if name in found.tables else 0
-        if found.benchmark and count and textless(found.tables[name]):
-            log.warning("%s has no texts: its %s rows may be others", found.path, name)
-            count = abs(len(pairs) - len(there))
+    for option, earlier in results.items():
+        others = pairs_of(earlier.tables.get(name, []))
+        count = differing(pairs, others) if name in earlier.tables else 0
+        if earlier.benchmark and count and textless(earlier.tables[name]):
+            log.warning("%s has no texts: its %s rows may be others", earlier.path, name)
+            count = abs(len(pairs) - len(others))
         if option == "tofu_retrained" and name == "forget":
-            said = "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same"
-            same = max(len(pairs), len(there)) - count
-            log.warning(said, len(pairs), len(there), found.path, same)
+            message = (
+                "tofu/forget_quality compares %d forget rows here with %d in %s; %d are the same"
+            )
+            same = max(len(pairs), len(others)) - count
+            log.warning(message, len(pairs), len(others), earlier.path, same)
         elif count and option == "target":
             log.warning("the target's results are on other %s rows: %d differ", name, count)
         elif count and option != "tofu_retrained":
             hint = f"TOFU's own forget quality, which compares no rows, takes it as --{instead}"
             raise WagleError(
-                f"{found.option}: {found.path} is on other {name} rows: {count} differ",
+                f"{earlier.option}: {earlier.path} is on other {name} rows: {count} differ",
                 hint=hint if (option, name) == ("retrained", "forget") else None,
             )
 
@@ -325,17 +297,16 @@ def comparison(
 ) -> str:
     """A table with columns measure, this, target, retrained; undefined measures below it."""
     beside = {"target": target, "retrained": retrained}
-    others = {name: found for name, found in beside.items() if found is not None}
+    others = {name: numbers for name, numbers in beside.items() if numbers is not None}
     rows, undefined = [], []
     for name, value in values.items():
         if isinstance(value, Undefined):
             undefined.append(f"undefined: {name}: {value}")
             continue
-        found = {other: numbers.get(name) for other, numbers in others.items()}
-        mark = arrow(info(name).direction, value, found.get("target"), found.get("retrained"))
-        shown = f"{value:.4g} {mark}".rstrip() if mark or target is None else f"{value:.4g}  "
-        numbers = ("" if number is None else f"{number:.4g}" for number in found.values())
-        rows.append([name, shown, *numbers])
+        numbers = {other: known.get(name) for other, known in others.items()}
+        mark = arrow(info(name).direction, value, numbers.get("target"), numbers.get("retrained"))
+        cell = f"{value:.4g} {mark}".rstrip() if mark or target is None else f"{value:.4g}  "
+        rows.append([name, cell, *("" if n is None else f"{n:.4g}" for n in numbers.values())])
     text = [text_table(["measure", "this", *others], rows)]
     if target is not None:
         legend = f"{BETTER} better, {WORSE} worse than the target model, {SAME} within 1 % of it"
@@ -410,76 +381,3 @@ def _parquet(path: Path) -> Iterator[Any]:
         yield pyarrow.parquet
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise WagleError(f"{path} cannot be read: {first_line(error)}") from None
-
-
-# -- TOFU's result files -------------------------------------------------------------------------
-
-#: Column of a record -> TOFU's name of it.
-_COLUMNS = {
-    "nll": "avg_gt_loss",
-    "tokens": "num_token_gt",
-    "paraphrased_nll": "avg_paraphrased_loss",
-    "paraphrased_tokens": "num_token_paraphrased",
-    "perturbed_nll": "average_perturb_loss",
-    "perturbed_tokens": "num_token_perturb",
-    "rouge1_recall": "rouge1_recall",
-    "rougeL_recall": "rougeL_recall",
-}
-
-
-def to_result(tables: Mapping[str, Table]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Tables of records -> a TOFU result, of the rows with a question and a scored answer of TOFU's
-    four sets: its script refuses other keys."""
-    result = {}
-    for name, key in RESULT_KEYS.items():
-        log: dict[str, dict[str, Any]] = {}
-        for record in tables.get(name, ()):
-            if record["question"] and record.get("nll") is not None:
-                for column, value in _to_row(record, name in OPTION_SETS).items():
-                    log.setdefault(column, {})[str(record["row"])] = value
-        if log:
-            result[key] = log
-    return result
-
-
-def _to_row(record: Mapping[str, Any], options: bool) -> dict[str, Any]:
-    paraphrased, perturbed = record.get("paraphrased_nll"), record.get("perturbed_nll") or []
-    row = {
-        "avg_gt_loss": record["nll"],
-        "gt_loss": record["nll"] * record["tokens"],
-        "num_token_gt": record["tokens"],
-        "generated_text": [record["question"], record["generation"], record["answer"]],
-        **{name: record.get(name) for name in ("rouge1_recall", "rougeL_recall")},
-        "average_perturb_loss": perturbed,
-    }
-    if paraphrased is not None:
-        row["avg_paraphrased_loss"] = paraphrased
-        row["paraphrased_loss"] = paraphrased * record["paraphrased_tokens"]
-        row["num_token_paraphrased"] = record["paraphrased_tokens"]
-    if not perturbed:
-        return row
-    counts = record["perturbed_tokens"]
-    row["perturb_loss"] = [n * count for n, count in zip(perturbed, counts, strict=True)]
-    row["num_token_perturb"] = counts
-    wrong = torch.tensor([perturbed]).double()
-    row["truth_ratio"] = F.truth_ratio(torch.tensor([paraphrased]).double(), wrong).item()
-    if options:
-        right = F.option_probability(torch.tensor([record["nll"]]).double(), wrong)
-        row["normalized_gt_loss"] = -math.log(max(right.item(), 1e-300))
-    return row
-
-
-def from_result(result: Result) -> dict[str, Table]:
-    """A TOFU result -> tables of records, as far as possible: inverse of :func:`to_result`."""
-    names, found = {key: name for name, key in RESULT_KEYS.items()}, {}
-    for key, log in result.items():
-        texts = log.get("generated_text") or {}
-        for row in sorted(log.get("avg_gt_loss") or (), key=int):
-            question, said, answer = texts.get(row, ("", None, ""))
-            if said is None and (log.get("rougeL_recall") or {}).get(row) is not None:
-                said = ""  # its scores were kept, but not its text
-            record = {"row": int(row), "question": question_in(question), "answer": answer}
-            record |= {"generation": said}
-            record |= {name: (log.get(column) or {}).get(row) for name, column in _COLUMNS.items()}
-            found.setdefault(names.get(key, key), []).append(record)
-    return found

@@ -33,9 +33,9 @@ from wagle_pl.evaluation.records import (
     measure,
     needs_of,
 )
-from wagle_pl.evaluation.results import OPTION_SETS
 from wagle_pl.evaluation.suite import DEFAULT_NEEDS, Averages, GenericSuite, Suite
 from wagle_pl.evaluation.tofu import TOFUSuite  # noqa: F401 -- found by its name here
+from wagle_pl.evaluation.tofu_result import OPTION_SETS
 
 MULTIPLE_CHOICE = "The following are multiple choice questions (with answers) about {}.\n\n"
 

@@ -22,8 +22,9 @@ from wagle_pl.evaluation.records import (
     measure,
     needs_of,
 )
-from wagle_pl.evaluation.results import OPTION_SETS, Result, Table, differing, from_result, pairs_of
+from wagle_pl.evaluation.results import differing, pairs_of
 from wagle_pl.evaluation.suite import Averages, Suite
+from wagle_pl.evaluation.tofu_result import OPTION_SETS, Result, Table, from_result
 
 UTILITY_SETS = ("retain", *OPTION_SETS)
 TOFU_MEASURES = ("probability", "rougeL_recall", "truth_ratio")

@@ -26,7 +26,7 @@ from wagle_pl.data.template import Template
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
 from wagle_pl.evaluation.records import Info, Value
-from wagle_pl.evaluation.results import Table
+from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lm import models
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from wagle_pl.core.outputs import Planned, hold
 from wagle_pl.evaluation import Evaluation, Options, Plan
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.records import defined_only
-from wagle_pl.evaluation.results import Table, load_table, table_key, write_table
+from wagle_pl.evaluation.results import load_table, table_key, write_table
+from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lab.study import TABLE_FILE
 from wagle_pl.unlearning import UnlearnModule
 

@@ -34,7 +34,8 @@ from wagle_pl.evaluation import (
 )
 from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_attacks
 from wagle_pl.evaluation.records import defined_only
-from wagle_pl.evaluation.results import Table, read_table, write_json, write_table
+from wagle_pl.evaluation.results import read_table, write_json, write_table
+from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE, grid, text
 from wagle_pl.lab.study.numbers import decimals
 from wagle_pl.lab.study.recovery import at_the_level

@@ -19,7 +19,6 @@ from wagle_pl.evaluation.results import (
     INFO_FILE,
     METRICS_FILE,
     Results,
-    Table,
     arrow,
     folder_of,
     load_table,
@@ -27,6 +26,7 @@ from wagle_pl.evaluation.results import (
     table_key,
 )
 from wagle_pl.evaluation.suites import Suite, find_suite
+from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE
 from wagle_pl.lm.saving import RECORD_FILE
 from wagle_pl.masks import WeightMask
