@@ -46,7 +46,7 @@ class Evaluate(Callback):
         """Check what a test needs and compares with before any work is done."""
         pl_module.serve()  # the module's own setup comes after this one
         data, validates = trainer.datamodule, stage != "test"
-        names = getattr(data, "val_names" if validates else "test_names", list)()
+        names: list[str] = getattr(data, "val_names" if validates else "test_names", list)()
         if stage == "validate" and not names:
             raise WagleError(
                 "validate measures the test sets that data.val names: give --data.val '[forget, "
@@ -70,7 +70,7 @@ class Evaluate(Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:
         trainer.test_loop.verbose = False  # its table would repeat ours
         loops = zip(trainer.test_dataloaders, trainer.num_test_batches, strict=True)
-        batches = [list(islice(loader.sampler, count)) for loader, count in loops]
+        batches = [list(islice(loader.sampler, int(count))) for loader, count in loops]
         pl_module.evaluation.start(pl_module.lm, batches)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: LanguageModule) -> None:

@@ -63,7 +63,7 @@ class TextClassifier:
         config = model.config
         self.labels = [config.id2label[i] for i in range(config.num_labels)]
         several = config.num_labels == 1 or config.problem_type == "multi_label_classification"
-        reads = {"truncation": True, "top_k": None}
+        reads: dict[str, Any] = {"truncation": True, "top_k": None}
         reads["max_length"] = min(longest, getattr(config, "max_position_embeddings", longest))
         reads["function_to_apply"] = "sigmoid" if several else "softmax"
         self.classify = TextClassificationPipeline(
@@ -73,8 +73,8 @@ class TextClassifier:
     def probabilities(
         self, texts: Sequence[str], labels: Sequence[str], batch_size: int = 32
     ) -> list[float]:
-        found = self.classify(list(texts), batch_size=batch_size) if texts else []
-        return [max(x["score"] for x in text if x["label"] in labels) for text in found]
+        read = self.classify(list(texts), batch_size=batch_size) if texts else []
+        return [max(x["score"] for x in scores if x["label"] in labels) for scores in read]
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         return self.probabilities(texts, self.labels[:1])
@@ -82,9 +82,9 @@ class TextClassifier:
     def annotate(self, table: Table, rows: Sequence[Example]) -> None:
         """Add the column to the records whose generation is not empty, or to all."""
         texts = ((record, record.get("generation")) for record in table)
-        spoken = [r for r, text in texts if text or (self.reads_empty and text is not None)]
-        values = self([record["generation"] for record in spoken])
-        for record, value in zip(spoken, values, strict=True):
+        records = [r for r, text in texts if text or (self.reads_empty and text is not None)]
+        values = self([record["generation"] for record in records])
+        for record, value in zip(records, values, strict=True):
             record[self.column] = value
 
 
@@ -131,15 +131,13 @@ class Alternatives:
     def annotate(self, table: Table, rows: Sequence[Example]) -> None:
         """Add ``paraphrased_rougeL_recall`` and ``perturbed_rougeL_recall``, a list."""
 
-        def recall(said: str, answers: Sequence[str]) -> list[float]:
-            return F.rouge([said] * len(answers), answers)["rougeL_recall"].tolist()
-
         for record in table:
-            said, row = record.get("generation"), rows[record["row"]]
-            if said is not None and row.perturbed_answers:
-                paraphrase = row.paraphrased_answer or record["answer"]
-                record["paraphrased_rougeL_recall"] = recall(said, [paraphrase])[0]
-                record["perturbed_rougeL_recall"] = recall(said, row.perturbed_answers)
+            generation, row = record.get("generation"), rows[record["row"]]
+            if generation is not None and row.perturbed_answers:
+                answers = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
+                recalls = F.rouge([generation] * len(answers), answers)["rougeL_recall"].tolist()
+                record["paraphrased_rougeL_recall"] = recalls[0]
+                record["perturbed_rougeL_recall"] = recalls[1:]
 
 
 class SentenceModel:
@@ -175,8 +173,9 @@ class SentenceModel:
             texts = {prefix: text for prefix, text in texts.items() if text is not None}
             if texts and row.perturbed_answers:
                 options = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
-                said, options = self([*texts.values(), *options]).tensor_split([len(texts)])
-                similarity = cosine_similarity(said[:, None], options[None], dim=-1)
+                embeddings = self([*texts.values(), *options])
+                generated, others = embeddings.tensor_split([len(texts)])
+                similarity = cosine_similarity(generated[:, None], others[None], dim=-1)
                 nearest = similarity[:, 0] >= similarity.max(-1).values
                 for prefix, right in zip(texts, nearest.tolist(), strict=True):
                     record[f"{prefix}nearest_answer"] = float(right)

@@ -222,11 +222,11 @@ def word_rouge_recall(prediction: str, target: str) -> float:
     >>> word_rouge_recall("He wrote it. In Maine", "It was in Maine.")
     0.25
     """
-    spoken, wanted = (
+    generated, wanted = (
         [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
         for text in (prediction, target)
     )
-    pairs = ((x, y) for x in wanted for y in spoken)
+    pairs = ((x, y) for x in wanted for y in generated)
     common = {word for pair in pairs for word in _common_subsequence(*pair)}
     return len(common) / max(1, len({word for sentence in wanted for word in sentence}))
 
@@ -261,14 +261,12 @@ def answer_f1(prediction: str, targets: Sequence[str]) -> float:
     >>> answer_f1("The Rim of Fire!", ["Pacific", "Ring of Fire"])
     0.6666666666666666
     """
-    spoken = answer_words(prediction)
-    scores = []
+    predicted, scores = answer_words(prediction), []
     for words in map(answer_words, targets):
-        common = (Counter(spoken) & Counter(words)).total()
+        common = (Counter(predicted) & Counter(words)).total()
         # two empty texts agree
-        scores.append(
-            2 * common / (len(spoken) + len(words)) if spoken and words else spoken == words
-        )
+        total = len(predicted) + len(words)
+        scores.append(2 * common / total if predicted and words else predicted == words)
     return float(max(scores))
 
 

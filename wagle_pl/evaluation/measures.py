@@ -239,8 +239,8 @@ def _of_rows(
             return mean_defined(function, values(rows))
 
         compute.__doc__ = function.__doc__
-        better = ("lower", "lower") if lower else ("higher", "lower")
-        measure("share, 0 to 1", *better, {"generation"}, function.__name__)(compute)
+        keep: Direction = "lower" if lower else "higher"
+        measure("share, 0 to 1", keep, "lower", {"generation"}, function.__name__)(compute)
         return function
 
     return register
@@ -277,7 +277,7 @@ def answer_match(row: tuple[str, list[str]]) -> bool:
 
 
 @_of_rows(Records.answered)
-def final_answer(row: tuple[str, list[str]]) -> bool:
+def final_answer(row: tuple[str, list[str]]) -> float:
     """Right answer, ignoring case, punctuation and articles, after ``the answer is`` (BBH, as in
     RWKU), or as the whole generation if it lacks these words."""
     match = re.search(r"[tT]he answer is (.*?)\.", row[0])

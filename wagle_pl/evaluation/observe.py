@@ -212,8 +212,8 @@ class Observer:
                 if "paraphrased" in wanted[i] and row.paraphrased_question
             ]
             others = [rows[i].asking(rows[i].paraphrased_question) for i in asked]
-            options = {"names": [names[i] for i in asked], "stops": stops}
-            more = self.observe(others, {"alternatives", "generation"}, length, **options)
+            needed, named = {"alternatives", "generation"}, [names[i] for i in asked]
+            more = self.observe(others, needed, length, names=named, stops=stops)
             for i, other in zip(asked, more, strict=True):
                 kept = {name: value for name, value in other.items() if name not in _OF_THE_ROW}
                 records[i] |= {f"paraphrased_question_{name}": v for name, v in kept.items()}

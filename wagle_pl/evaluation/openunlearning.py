@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional, TypedDict, Union
 
 import torch
@@ -21,6 +22,8 @@ from wagle_pl.evaluation import functional as F
 
 Log = dict[str, Any]
 Record = dict[str, Any]
+#: Key of a row's entry -> our column, or how the value is made of a record.
+Entry = Mapping[str, Union[str, Callable[[Record], Any]]]
 #: The score of each of the members' rows, then of each of the others'.
 Scores = tuple[Sequence[float], Sequence[float]]
 
@@ -41,8 +44,7 @@ class Metric(NamedTuple):
     ours: str  # our measure; its own name if we have none
     test_set: str = ""  # of its rows; empty for a metric without rows
     column: str = ""  # rows that lack this column of ours have no entry
-    #: Key of an entry -> our column, or how the value is made of a record.
-    entry: Mapping[str, Union[str, Callable[[Record], Any]]] = {}
+    entry: Entry = MappingProxyType({})
     mean_of: str = ""  # the key of an entry that the metric is the mean of, where we have none
 
     @property
@@ -57,8 +59,12 @@ class Metric(NamedTuple):
         return {key: value for key, value in values.items() if value is not None}
 
 
-def _loss(column: str) -> dict[str, Union[str, Callable[[Record], Any]]]:
+def _loss(column: str) -> Entry:
     return {"prob": lambda record: (-_doubles(record[column])).exp().tolist(), "avg_loss": column}
+
+
+def _score(measure: Callable[[Sequence[bool]], float]) -> Entry:
+    return {"score": lambda record: measure(record["greedy"])}
 
 
 def _truth_ratio(record: Record) -> float:
@@ -76,7 +82,7 @@ def _doubles(values: Any) -> Tensor:
 
 
 #: Entry of a row that was generated from.
-_GENERATED: dict[str, Union[str, Callable[[Record], Any]]] = {
+_GENERATED: Entry = {
     "rougeL_f1": lambda r: F.rouge([r["generation"]], [r["answer"]])["rougeL_f1"].item(),
     **{name: name for name in ("rouge1_recall", "rougeL_recall", "generation")},
     **{"input": "question", "ground_truth": "answer"},
@@ -86,9 +92,8 @@ _GENERATED: dict[str, Union[str, Callable[[Record], Any]]] = {
 def _common(members: str, recited: str, gibberish: str) -> Iterator[tuple[str, Metric]]:
     """Metrics of both benchmarks by name."""
     for measure in (F.exact_memorization, F.extraction_strength):
-        entry = {"score": lambda record, measure=measure: measure(record["greedy"])}
         name = measure.__name__
-        yield name, Metric(f"{recited}/{name}", recited, "greedy", entry)
+        yield name, Metric(f"{recited}/{name}", recited, "greedy", _score(measure))
     for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "gradnorm"):
         yield f"mia_{name}", Metric(f"{members}/mia_{name}")
     yield "rel_diff", Metric(f"{members}/rel_diff")
@@ -102,8 +107,8 @@ def _of_tofu(short: str, name: str) -> Iterator[tuple[str, Metric]]:
     ours = f"{theirs}_Prob" if options else f"{name}/probability"
     yield f"{theirs}_Prob", Metric(ours, name, "nll", _loss("nll"), "prob" if options else "")
     if options:
-        ours, entry = f"{name}/probability", {"prob": _among_options}
-        yield f"{theirs}_Prob_normalised", Metric(ours, name, "perturbed_nll", entry)
+        metric = Metric(f"{name}/probability", name, "perturbed_nll", {"prob": _among_options})
+        yield f"{theirs}_Prob_normalised", metric
     yield f"{theirs}_ROUGE", Metric(f"{name}/rougeL_recall", name, "rougeL_recall", _GENERATED)
     # its configuration spells this metric of the forget set in small letters
     key = "forget_truth_ratio" if short == "forget" else f"{short}_Truth_Ratio"
@@ -138,7 +143,7 @@ METRICS: dict[str, dict[str, Metric]] = {
 }
 
 
-class Entry(TypedDict):
+class RowLog(TypedDict):
     """A row of a metric, as far as it is read."""
 
     avg_loss: Union[float, list[float], None]
@@ -154,7 +159,7 @@ class MetricLog(TypedDict):
     """A metric of ``…_EVAL.json``."""
 
     agg_value: Optional[float]
-    value_by_index: Optional[dict[Digits, Entry]]
+    value_by_index: Optional[dict[Digits, RowLog]]
 
 
 #: Content of one of their files.

@@ -122,12 +122,15 @@ def defined_only(values: Mapping[str, Value]) -> dict[str, float]:
 
 def defined(values: Mapping[str, Value], *names: str) -> list[float]:
     """The numbers that another measure is made of; Undefined if one is missing or undefined."""
+    numbers = []
     for name in names:
         if name not in values:
             raise Undefined(f"it needs {name}, which is not measured")
-        if isinstance(values[name], Undefined):
-            raise Undefined(f"it needs {name}: {values[name]}")
-    return [values[name] for name in names]
+        value = values[name]
+        if isinstance(value, Undefined):
+            raise Undefined(f"it needs {name}: {value}")
+        numbers.append(value)
+    return numbers
 
 
 def intervals(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple, Optional
 
@@ -83,7 +83,6 @@ class Passes:
             self(token, torch.ones_like(token), announce=False, use_cache=False)
 
 
-@cache
 def accepts(model_class: type, argument: str) -> bool:
     return argument in signature(model_class.forward).parameters
 

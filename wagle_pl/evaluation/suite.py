@@ -39,35 +39,35 @@ class Suite:
     """
 
     #: Test sets of the benchmark; those that a test lacks are named in ``metrics.info.json``.
-    sets: tuple[str, ...] = ()
+    sets: ClassVar[tuple[str, ...]] = ()
     #: Test set -> its registered measures; those that its rows allow for one not named here.
     lists: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     #: Test set -> what to observe of its rows; by default, what its measures need, or
     #: :data:`DEFAULT_NEEDS` for one that is not in ``lists``.
-    needs: Mapping[str, Collection[str]] = {}
+    needs: ClassVar[Mapping[str, Collection[str]]] = {}
     #: Test set -> longest generation in tokens, if the benchmark fixes one.
-    max_new_tokens: Mapping[str, int] = {}
+    max_new_tokens: ClassVar[Mapping[str, int]] = {}
     #: Test set -> texts that end an answer: a generation is cut at each, if the benchmark does so.
-    stops: Mapping[str, Sequence[str]] = {}
+    stops: ClassVar[Mapping[str, Sequence[str]]] = {}
     #: Test sets whose answers are recited: generations are at least as long as the longest answer,
     #: since a shorter limit would also limit what can be recalled.
-    recited: Collection[str] = ()
+    recited: ClassVar[Collection[str]] = ()
     #: Test set -> text before each of its multiple choices. ``{subject}`` stands for the row's
     #: subject, with spaces for underscores; rows without a subject then have no header.
-    headers: Mapping[str, str] = {}
+    headers: ClassVar[Mapping[str, str]] = {}
     #: Registered measures of all test sets together, listed before those of each.
-    whole: ClassVar[Sequence[str]] = ()
+    overall: ClassVar[Sequence[str]] = ()
     #: Measure -> its description. Others are looked up by the name after the last slash.
-    infos: Mapping[str, Info] = {}
+    infos: ClassVar[Mapping[str, Info]] = {}
     #: Beginnings of the names of test sets whose rows are to be forgotten: knowing them is bad.
-    forget_sets: tuple[str, ...] = (
+    forget_sets: ClassVar[tuple[str, ...]] = (
         *("forget", "members", "verbmem_forget", "knowmem_forget", "wmdp_"),
     )
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         """The measures by name, ``<test set>/<measure>`` or ``<measure>`` of the whole; an
         :class:`~wagle_pl.evaluation.functional.Undefined` says why there is no number."""
-        values = {name: attempt(MEASURES[name].compute, seen) for name in self.whole}
+        values = {name: attempt(MEASURES[name].compute, seen) for name in self.overall}
         for name in seen.tables:
             values |= self.of_set(seen, name, self.listed(seen, name))
         return values
@@ -101,8 +101,8 @@ class Suite:
         return Info("number", "lower" if forgets else "higher", short.replace("_", " "))
 
 
-class Averages(ABC):
-    """Mixin, named before a suite: the two averages of WAGLE's tables (arXiv 2410.17509)."""
+class Averages(Suite, ABC):
+    """A suite, or a base before one, with the two averages of WAGLE's tables (arXiv 2410.17509)."""
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         values = super().measures(seen)

@@ -68,7 +68,7 @@ class MUSESuite(Suite):
     stops: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
         ("knowmem_forget", "knowmem_retain"), ("\n\n", "\nQuestion", "Question:")
     )
-    whole = ("verbmem_f", "knowmem_f", "knowmem_r")
+    overall = ("verbmem_f", "knowmem_f", "knowmem_r")
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         attacks = membership(seen, "members", "nonmembers")
@@ -98,7 +98,7 @@ def _rouge_f1(rows: Records, target: str) -> float:
     return 100 * F.mean(values["rougeL_f1"], "generations")
 
 
-class WMDPSuite(Averages, Suite):
+class WMDPSuite(Averages):
     """WMDP (arXiv 2403.03218): accuracy of multiple choice by letter, as lm-evaluation-harness
     measures it, and MMLU.
 
@@ -152,7 +152,7 @@ class CopyrightSuite(Averages, GenericSuite):
         return F.unlearning_efficacy([], defined(values, *known))
 
 
-class DetoxSuite(Averages, Suite):
+class DetoxSuite(Averages):
     """Detoxification (WAGLE's and SOUL's DETOX): toxicity of what the model says to prompts.
 
     ``ue_average`` is the mean of 1 − toxicity over the sets of prompts; ``ut_average`` the mean of
@@ -190,7 +190,7 @@ class KnowUnDoSuite(Suite):
     lists: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
         sets, ("exact_memorization", "row_perplexity")
     )
-    whole = ("unlearn_success", "retention_success")
+    overall = ("unlearn_success", "retention_success")
 
 
 @measure("percent", "higher")

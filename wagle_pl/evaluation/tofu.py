@@ -31,7 +31,7 @@ TOFU_MEASURES = ("probability", "rougeL_recall", "truth_ratio")
 WAGLE_K = 0.2  # WAGLE's code has Min-10% to Min-60%; this is the Min-K% paper's own choice
 
 
-class TOFUSuite(Averages, Suite):
+class TOFUSuite(Averages):
     """TOFU (arXiv 2401.06121) on ``forget``, ``retain``, ``real_authors`` and ``world_facts``.
 
     Model utility and forget quality are TOFU's, where forget quality needs the same questions on
