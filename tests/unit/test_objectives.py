@@ -524,7 +524,7 @@ def test_tokens_that_cannot_be_change_nothing(name: str, top_k: int | None) -> N
         answers = streams(data)[stream]
         if top_k is not None:
             before = data[stream]["logits0"][:, :-1][answers.mask]
-            answers.top_k = TopK.of(Predictions(before), answers.targets, answers.length, top_k)
+            answers.top_k = TopK.of(Predictions(before), answers.targets, top_k)
         values = term({stream: answers})
         (gradient,) = torch.autograd.grad(values.sum(), data[stream]["logits"])
         return values.detach(), gradient[..., :7]

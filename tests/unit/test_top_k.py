@@ -25,7 +25,7 @@ def test_top_k_misses_what_the_chain_rule_says(n: int, vocabulary: int, k: int, 
     generator = torch.Generator().manual_seed(seed)
     then, now = (4 * torch.randn(n, vocabulary, generator=generator).double() for _ in range(2))
     targets = torch.randint(vocabulary, (n,), generator=generator)
-    kept = TopK.of(Predictions(then.float()), targets, torch.tensor([n]), k)
+    kept = TopK.of(Predictions(then.float()), targets, k)
     found, current, label = kept.align(now.float())
     assert kept.ids.shape[1] == min(k, vocabulary - 1)
     for logprobs in (found, current):
@@ -49,10 +49,10 @@ def test_top_k_misses_what_the_chain_rule_says(n: int, vocabulary: int, k: int, 
 
 
 def test_top_k_rows_are_the_rows_asked_for() -> None:
-    counts, logits, targets = torch.tensor([2, 1, 3]), torch.randn(6, 9), torch.randint(9, (6,))
-    part = TopK.of(Predictions(logits), targets, counts, 3).rows(torch.tensor([2, 0]))
-    tokens = [3, 4, 5, 0, 1]
-    expected = TopK.of(Predictions(logits[tokens]), targets[tokens], counts[[2, 0]], 3)
+    logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
+    rows = TopK.of(Predictions(logits), targets, 3).split([2, 1, 3])
+    part, tokens = TopK.cat([rows[2], rows[0]]), [3, 4, 5, 0, 1]
+    expected = TopK.of(Predictions(logits[tokens]), targets[tokens], 3)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(part, expected, strict=True))
 
 

@@ -20,14 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, atomic_path
 from wagle_pl.core.hub import card_of, upload
 from wagle_pl.core.records import MadeBy
 from wagle_pl.core.schema import Count, check
 from wagle_pl.core.tensorfiles import DTYPES, TensorFile, load_plain, sealed
-from wagle_pl.core.weights import mismatch, share_of, weights_digest
+from wagle_pl.core.weights import mismatch, weights_digest
 from wagle_pl.masks.bits import (
     count_bits,
     filled_bits,
@@ -196,7 +195,7 @@ class WeightMask:
             "format_version": str(FORMAT_VERSION),
             "shapes": json.dumps(self.shapes),
             "made_by": json.dumps(self.metadata),
-            "checksums": json.dumps({n: zlib.crc32(bits.numpy()) for n, bits in packed.items()}),
+            "checksums": json.dumps({n: _checksum(bits) for n, bits in packed.items()}),
         }
         with atomic_path(path) as temporary:
             save_file(packed, temporary, metadata=sealed(header))
@@ -227,7 +226,7 @@ class WeightMask:
         spare = 8 * tensor.numel() - size
         if not 0 <= spare < 8 or (spare and int(tensor[-1]) >> 8 - spare):
             why = "its bytes do not match its shape, or bits beyond the last weight are set"
-        elif self._checksums.pop(name, None) not in (None, zlib.crc32(tensor.numpy())):
+        elif self._checksums.pop(name, None) not in (None, _checksum(tensor)):
             why = "its bits do not match their checksum"
         else:
             return tensor
@@ -274,13 +273,6 @@ class WeightMask:
     def density(self) -> float:
         return self.count() / max(1, self.total)
 
-    def count_together(self) -> int:
-        """Like :meth:`count`, with the work divided among the ranks. Collective."""
-        counts = [count_bits(share_of(self.packed(name))[1]) for name in self]
-        total = distributed.all_reduce_sum(torch.tensor(counts)).tolist()
-        self._counts = dict(zip(self, total, strict=True))
-        return sum(total)
-
     def digest(self) -> str:
         """SHA-256 over names, shapes, and digests of the bits. Collective."""
         bits = weights_digest((name, self.packed(name)) for name in self)  # bytes are exact in bf16
@@ -317,7 +309,7 @@ class WeightMask:
     @property
     def label(self) -> str:
         """Name of the mask in messages."""
-        return f"mask {self.source}" if self.source else "mask"
+        return f"mask {self.source or ''}".rstrip()
 
     @property
     def origin(self) -> str:
@@ -351,14 +343,14 @@ class WeightMask:
             where, what: how to name the mask and the other in the message.
         """
         where, made_for = where or self.label, self.metadata.get("model_fingerprint")
-        in_one = [n for n in {**shapes, **self.shapes} if (n in shapes) != (n in self)]
-        for name in in_one or self:
-            if name not in self:
+        for name in {**shapes, **self.shapes}:
+            ours, theirs = self.shapes.get(name), shapes.get(name)
+            if ours is None:
                 difference = f"has no tensor for parameter {name} of {what}"
-            elif name not in shapes:
+            elif theirs is None:
                 difference = f"has a tensor {name} that {what} lacks"
-            elif (ours := self.shapes[name]) != (theirs := tuple(shapes[name])):
-                difference = f"has another shape of {name} than {what}: {ours} and {theirs}"
+            elif ours != tuple(theirs):
+                difference = f"has another shape of {name} than {what}: {ours} and {tuple(theirs)}"
             else:
                 continue
             raise WagleError(f"{where} {difference}: it was made for another model")
@@ -423,6 +415,10 @@ class WeightMask:
 def _layer_key(name: str) -> str:
     layer = layer_of(name)
     return "other" if layer is None else str(layer)
+
+
+def _checksum(packed: Tensor) -> int:
+    return zlib.crc32(packed.numpy().data)
 
 
 def describe_origin(metadata: Mapping[str, Any]) -> str:

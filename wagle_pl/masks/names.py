@@ -77,8 +77,8 @@ def parse_layers(layers: str) -> frozenset[int]:
     [0, 1, 2, 8]
     """
     pattern = r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?"
-    found = [re.fullmatch(pattern, part) for part in str(layers).split(",")]
-    ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in found if m]
-    if len(ranges) < len(found) or not all(ranges):
+    parts = [re.fullmatch(pattern, part) for part in str(layers).split(",")]
+    ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in parts if m]
+    if len(ranges) < len(parts) or not all(ranges):
         raise WagleError(f"layers: {layers!r} is no range of layers; write e.g. 3-7, 5 or 0-3,8")
     return frozenset(layer for range_ in ranges for layer in range_)

@@ -51,37 +51,30 @@ class Restriction(NamedTuple):
         Raises:
             WagleError: if the file is for another model, or the model lacks the modules or layers.
         """
-        made_for = {} if model is None else {"model": model, "model_fingerprint": fingerprint}
-
-        def whole_tensors(where: Restriction, **about: Any) -> WeightMask:
-            bits = {name: filled_bits(prod(s), where.takes(name)) for name, s in shapes.items()}
-            return WeightMask(bits, shapes, made_for | {"operation": "modules"} | about)
-
-        found = []
+        masks = []
         if self.file is not None:
-            given = isinstance(self.file, WeightMask)
-            found.append(self.file if given else WeightMask.load(self.file))
-            where = "the mask" if given else f"mask {self.file}"
-            found[0].check(shapes, fingerprint, where=where)
-        if self.modules or self.layers:
+            mask, where = self.file, "the mask"
+            if not isinstance(mask, WeightMask):
+                mask, where = WeightMask.load(mask), f"mask {mask}"
+            mask.check(shapes, fingerprint, where=where)
+            masks.append(mask)
+        if self.modules or self.layers or self.matching is not None:
             self._check_names(shapes)
-            modules, inside = list(self.modules or ()), self._replace(matching=None)
-            found.append(whole_tensors(inside, modules=modules, layers=self.layers))
-            if not found[-1].count():
+            pattern = [] if self.matching is None else [f"matching {self.matching}"]
+            made_by = {"operation": "modules", "modules": [*(self.modules or ()), *pattern]}
+            made_by |= {"layers": self.layers}
+            if model is not None:
+                made_by |= {"model": model, "model_fingerprint": fingerprint}
+            bits = {name: filled_bits(prod(s), self.takes(name)) for name, s in shapes.items()}
+            masks.append(WeightMask(bits, shapes, made_by))
+            if not any(bits.any() for bits in bits.values()):
                 raise WagleError(
-                    f"modules {', '.join(modules)} have no weights in layers {self.layers}: "
-                    "nothing is selected"
+                    f"nothing is selected: the model has no weights in {masks[-1].origin}"
                 )
-        if self.matching is not None:
-            try:
-                re.compile(self.matching)
-            except re.error as error:
-                raise WagleError(f"{self.matching!r} is no regular expression: {error}") from None
-            pattern = Restriction(matching=self.matching)
-            found.append(whole_tensors(pattern, modules=[f"matching {self.matching}"]))
-        return reduce(and_, found) if found else None
+        return reduce(and_, masks) if masks else None
 
     def _check_names(self, shapes: Shapes) -> None:
+        """Refuse modules and layers that the model lacks, and a pattern that is none."""
         for module in self.modules or ():
             if not any(in_module(name, module) for name in shapes):
                 parts = (p for n in shapes for p in n.split(".")[:-1] if not p.isdigit())
@@ -89,8 +82,12 @@ class Restriction(NamedTuple):
                     f"no parameter lies in a module {module!r}; the model has "
                     f"{', '.join(dict.fromkeys(parts))}"
                 )
-        chosen = frozenset() if self.layers is None else parse_layers(self.layers)
-        there = {layer_of(name) for name in shapes} - {None}
-        if missing := chosen - there:
-            has = f"layers 0-{max(there)}" if there else "no numbered layers"
+        layers = {layer_of(name) for name in shapes} - {None}
+        chosen = layers if self.layers is None else parse_layers(self.layers)
+        if missing := chosen - layers:
+            has = f"layers 0-{max(layers)}" if layers else "no numbered layers"
             raise WagleError(f"layers: there is no layer {min(missing)}, the model has {has}")
+        try:
+            re.compile(self.matching or "")
+        except re.error as error:
+            raise WagleError(f"{self.matching!r} is no regular expression: {error}") from None

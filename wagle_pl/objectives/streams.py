@@ -8,30 +8,24 @@ Objectives that compare with θ₀ get its predictions in one of three ways, the
   token, :class:`TopK`, also computed once;
 * *a frozen copy* (whole predictions, and hidden states): one more forward pass per step, see
   :meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`.
-
-Sums and top k are stored in files whose names depend on model, tokens and precision.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import atomic_path
-from wagle_pl.core.tensorfiles import TensorFile
 from wagle_pl.core.weights import evaluating
 from wagle_pl.lm.inference import (
     IGNORE,
@@ -44,7 +38,10 @@ from wagle_pl.lm.inference import (
 from wagle_pl.lm.layers import capture
 
 if TYPE_CHECKING:
-    from wagle_pl.lm.module import LanguageModule, StreamData
+    from wagle_pl.lm.module import LanguageModule
+
+    #: Module and stream -> tensors that are computed at θ₀, by name.
+    Compute = Callable[[LanguageModule, str], dict[str, Tensor]]
 
 
 @dataclass(eq=False)
@@ -131,10 +128,8 @@ class Answers:
         K is the vocabulary, or with top k the stored tokens and one entry for all others.
         """
         if self.top_k is not None:
-            *kept, offsets = self.top_k
-            make = type(self.top_k)
             return in_chunks(
-                lambda now, *kept: function(*make(*kept, offsets).align(now)), self.predicted, *kept
+                lambda now, *kept: function(*TopK(*kept).align(now)), self.predicted, *self.top_k
             )
         return in_chunks(
             lambda now, then, y: function(then.log_softmax(-1), now.log_softmax(-1), y),
@@ -169,8 +164,8 @@ class Streams(Mapping[str, Answers]):
     layers: Collection[int] = ()  # blocks whose output is kept
     #: Gives a context in which ``run`` runs the model at θ₀.
     theta0: Optional[Callable[[], AbstractContextManager[Any]]] = None
-    #: Stream -> stored predictions at θ₀, used instead of the copy's.
-    top_k: Mapping[str, TopK] = field(default_factory=dict)
+    #: Stream -> stored predictions at θ₀ of each row, used instead of the copy's.
+    top_k: Mapping[str, list[TopK]] = field(default_factory=dict)
     progress: float = 0.0  # share of the run's steps that is done, 0 at the first, 1 at the last
     epoch: int = 0  # counted from 0
     whole: Collection[str] = ()  # streams for which a term needs logits at every position
@@ -199,10 +194,10 @@ class Streams(Mapping[str, Answers]):
         answers = self._answers[stream] = ask(nullcontext)
         answers.rows = tensors.get("row")
         if stream in self.references:
-            known = self.references[stream].to(answers.labels.device)
-            answers.reference = known[answers.rows]
+            answers.reference = self.references[stream].to(labels.device)[answers.rows]
         if stream in self.top_k:
-            answers.top_k = self.top_k[stream].rows(answers.rows).to(answers.labels.device)
+            parts = [self.top_k[stream][row] for row in answers.rows.tolist()]
+            answers.top_k = TopK.cat(parts).to(labels.device)
         if self.theta0 is not None:
             answers.run_theta0 = partial(ask, self.theta0)
         return answers
@@ -249,22 +244,20 @@ class Streams(Mapping[str, Answers]):
 
 
 class TopK(NamedTuple):
-    """The k most probable tokens at each answer token of many rows at θ₀; the rest as one bucket.
+    """The k most probable tokens at each of N answer tokens at θ₀; the rest as one bucket.
 
     The true token is always the first of the k. A divergence KL(π₀ ‖ π) over the k + 1 buckets is
     the full one minus t₀ · KL of the two predictions *within* the rest, where t₀ is the probability
     of the rest at θ₀ (the chain rule of the divergence): a lower bound.
     """
 
-    ids: Tensor  # (N, k) int32 tokens; N the number of answer tokens, row after row
+    ids: Tensor  # (N, k) int32 tokens
     logprobs: Tensor  # (N, k) fp32, their log-probabilities
     tail: Tensor  # (N,) fp32, log-probability of all other tokens together
-    offsets: Tensor  # (rows + 1,) int64, where each row begins
 
     @classmethod
-    def of(cls, predicted: Predictions, targets: Tensor, counts: Tensor, k: int) -> TopK:
-        """The top k, at most V − 1, of predictions of the true tokens ``targets``, (N,);
-        ``counts``, (rows,), says how many of them each row has."""
+    def of(cls, predicted: Predictions, targets: Tensor, k: int) -> TopK:
+        """The top k, at most V − 1, of predictions of the true tokens ``targets``, (N,)."""
         k = min(k, predicted.vocabulary - 1)
 
         def top(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,21 +265,16 @@ class TopK(NamedTuple):
             ids = logprobs.scatter(1, true[:, None], 1.0).topk(k, -1).indices  # the true one first
             return ids.int(), logprobs.gather(1, ids), _outside(logprobs, ids)
 
-        return cls(*in_chunks(top, predicted, targets), _offsets(counts))
+        return cls(*in_chunks(top, predicted, targets))
 
     @classmethod
-    def cat(cls, parts: list[TopK]) -> TopK:
-        """The rows of all parts, in this order."""
-        ids, logprobs, tail, _ = map(torch.cat, zip(*parts, strict=True))
-        counts = torch.cat([part.offsets.diff() for part in parts])
-        return cls(ids, logprobs, tail, _offsets(counts))
+    def cat(cls, parts: Iterable[TopK]) -> TopK:
+        """The answer tokens of all parts, in this order."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
-    def rows(self, index: Tensor) -> TopK:
-        """The predictions of some rows, in this order."""
-        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in index.tolist()]
-        counts = self.offsets.diff()[index.to(self.offsets.device)]
-        parts = (torch.cat([tensor[span] for span in spans]) for tensor in self[:3])
-        return TopK(*parts, _offsets(counts))
+    def split(self, lengths: list[int]) -> list[TopK]:
+        """Parts of these numbers of answer tokens."""
+        return [TopK(*part) for part in zip(*(t.split(lengths) for t in self), strict=True)]
 
     def to(self, device: torch.device | str) -> TopK:
         return TopK(*(tensor.to(device) for tensor in self))
@@ -299,10 +287,6 @@ class TopK(NamedTuple):
         return reference, current, ids.new_zeros(len(ids))
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
 def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
     """(N,) log-probability of all tokens except ``ids``, without cancellation."""
     others = logprobs.scatter(1, ids, -torch.inf)
@@ -310,85 +294,49 @@ def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
     return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
 
 
-def compute_reference(module: LanguageModule, stream: str) -> dict[str, Tensor]:
-    """``logprobs``, (rows,) float32: summed per row, at the current weights. Collective."""
-    sums = _of_rows(module, stream, lambda answers: answers.logprob.tolist())
-    return {"logprobs": torch.tensor(sums)}
-
-
-def compute_top_k(module: LanguageModule, stream: str, k: int) -> dict[str, Tensor]:
-    """Fields of :class:`TopK` at the current weights, for all answers, on the CPU. Collective."""
-
-    def of_batch(answers: Answers) -> list[TopK]:
-        found = TopK.of(answers.predicted, answers.targets, answers.length, k).to("cpu")
-        return [found.rows(torch.tensor([i])) for i in range(len(answers.labels))]
-
-    return TopK.cat(_of_rows(module, stream, of_batch))._asdict()
-
-
-def _of_rows(
-    module: LanguageModule, stream: str, of_batch: Callable[[Answers], list[Any]]
-) -> list[Any]:
-    """What ``of_batch`` finds for each row of a stream, without dropout; ranks share the rows."""
-    of_row: dict[int, Any] = {}
-    context = module.trainer.precision_plugin.forward_context()
-    with evaluating(module.lm), torch.no_grad(), context:
-        for batch in module.data.stream_loader(stream, shared=True):
-            tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
-            places = answer_places(tensors["labels"])
-            found = forward_answers(module.lm, {**tensors, "places": places})
-            values = of_batch(Answers(found, tensors["labels"], places))
-            of_row.update(zip(tensors["row"].tolist(), values, strict=True))
-    of_row = dict(distributed.all_gather(of_row.items()))
-    return [of_row[row] for row in range(len(of_row))]
-
-
 class References:
-    """Sums and top k of a run, computed or loaded before its first step and kept in checkpoints."""
+    """Sums and top k of a run, computed before its first step and kept in checkpoints."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # stream -> (rows,) summed log-probabilities at θ₀
-        self.top_k: dict[str, TopK] = {}  # stream -> predictions at θ₀
+        self.top_k: dict[str, list[TopK]] = {}  # stream -> predictions at θ₀ of each row
         self._stored: dict[str, dict[str, Any]] = {}
         self._resumed = False
 
     def prepare(
         self, module: LanguageModule, sums: Collection[str], top_k: Collection[str], k: int
     ) -> None:
-        """Take the sums and the top k of some streams from the checkpoint, or from a file next to
-        the run's output, or compute them. Collective.
+        """Take the sums and the top k of some streams from the checkpoint, or compute them.
+        Collective.
 
         Raises:
             WagleError: if a checkpoint has those of other data, or none although θ₀ is gone.
         """
-        folder = module.place and module.place.parent / ".references"
-        jobs = [(stream, "sum", compute_reference) for stream in sums]
-        jobs += [(stream, f"top {k}", partial(compute_top_k, k=k)) for stream in top_k]
-        for stream, kind, compute in jobs:
-            about = f"{module.model_fingerprint} {stream} {module.trainer.precision} {kind}"
-            key, name = _digest(about, module.data, stream), f"{stream} {kind}"
-            if name not in self._stored:
-                path = None if folder is None else folder / f"{key}.safetensors"
-                tensors = path and distributed.on_rank_zero(partial(_load, path, key))
-                if tensors is None and self._resumed:
-                    raise WagleError(
-                        f"the checkpoint has no reference log-probabilities of the {stream} rows, "
-                        "and the model has moved since: start the run anew"
-                    )
-                if tensors is None:
-                    tensors = compute(module, stream)
-                    if path is not None:
-                        distributed.on_rank_zero(partial(_save, path, key, tensors))
-                self._stored[name] = {"key": key, "tensors": tensors}
-            elif self._stored[name]["key"] != key:
+        for stream in sums:
+            tensors = self._tensors(module, stream, "sum", _sums)
+            self.sums[stream] = tensors["logprobs"].to(module.device)
+        for stream in top_k:
+            tensors = self._tensors(module, stream, f"top {k}", partial(_top_k, k=k))
+            together = TopK(*(tensors[name] for name in TopK._fields))
+            self.top_k[stream] = together.split(tensors["lengths"].tolist())
+
+    def _tensors(
+        self, module: LanguageModule, stream: str, kind: str, compute: Compute
+    ) -> dict[str, Tensor]:
+        key, name = _digest(module, stream), f"{stream} {kind}"
+        if name not in self._stored:
+            if self._resumed:
                 raise WagleError(
-                    f"the checkpoint's reference probabilities of the {stream} rows are of other "
-                    "data, another model or precision: resume with what the run began with"
+                    f"the checkpoint has no reference log-probabilities of the {stream} rows, and "
+                    "the model has moved since: start the run anew"
                 )
-        tensors_of = {name: stored["tensors"] for name, stored in self._stored.items()}
-        sums_of = {stream: tensors_of[f"{stream} sum"]["logprobs"] for stream in sums}
-        self.sums = {stream: known.to(module.device) for stream, known in sums_of.items()}
-        self.top_k = {stream: TopK(**tensors_of[f"{stream} top {k}"]) for stream in top_k}
+            self._stored[name] = {"key": key, "tensors": compute(module, stream)}
+        elif self._stored[name]["key"] != key:
+            raise WagleError(
+                f"the checkpoint's reference probabilities of the {stream} rows are of other data, "
+                "another model or precision: resume with what the run began with"
+            )
+        return self._stored[name]["tensors"]
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What was used, by stream and kind, so that a resumed run does not need θ₀."""
@@ -400,27 +348,49 @@ class References:
         self._resumed = True
 
 
-def _digest(about: str, data: StreamData, stream: str) -> str:
-    """A hash of what a stream's predictions depend on: ``about`` and the rows' tokens."""
+def _sums(module: LanguageModule, stream: str) -> dict[str, Tensor]:
+    """``logprobs``, (rows,) float32: summed per row, at the current weights. Collective."""
+    sums = _of_rows(module, stream, lambda answers: answers.logprob.tolist())
+    return {"logprobs": torch.tensor(sums)}
+
+
+def _top_k(module: LanguageModule, stream: str, k: int) -> dict[str, Tensor]:
+    """Fields of :class:`TopK` at the current weights, for all answers, and the ``lengths`` of
+    these, on the CPU. Collective."""
+
+    def of_batch(answers: Answers) -> list[TopK]:
+        together = TopK.of(answers.predicted, answers.targets, k).to("cpu")
+        return together.split(answers.length.tolist())
+
+    rows = _of_rows(module, stream, of_batch)
+    lengths = torch.tensor([len(row.tail) for row in rows])
+    return {**TopK.cat(rows)._asdict(), "lengths": lengths}
+
+
+def _of_rows(
+    module: LanguageModule, stream: str, of_batch: Callable[[Answers], list[Any]]
+) -> list[Any]:
+    """What ``of_batch`` returns for each row of a stream, without dropout; ranks share the rows."""
+    of_row: dict[int, Any] = {}
+    context = module.trainer.precision_plugin.forward_context()
+    with evaluating(module.lm), torch.no_grad(), context:
+        for batch in module.data.stream_loader(stream, shared=True):
+            tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
+            values = of_batch(
+                Streams({stream: tensors}, partial(forward_answers, module.lm), {})[stream]
+            )
+            of_row.update(zip(tensors["row"].tolist(), values, strict=True))
+    of_row = dict(distributed.all_gather(of_row.items()))
+    return [of_row[row] for row in range(len(of_row))]
+
+
+def _digest(module: LanguageModule, stream: str) -> str:
+    """A hash of what a stream's predictions depend on: model, precision, and the rows' tokens."""
     tokens: dict[int, str] = {}
-    for batch in data.stream_loader(stream):
+    for batch in module.data.stream_loader(stream):
         columns = (batch[stream][c] for c in ("row", "input_ids", "labels", "attention_mask"))
         for row, ids, labels, mask in zip(*columns, strict=True):
             tokens[int(row)] = json.dumps([ids[mask > 0].tolist(), labels[mask > 0].tolist()])
-    text = about + "".join(tokens[row] for row in range(len(tokens)))
+    text = f"{module.model_fingerprint} {module.trainer.precision}"
+    text += "".join(tokens[row] for row in range(len(tokens)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _load(path: Path, key: str) -> Optional[dict[str, Tensor]]:
-    """The tensors of a file, if there is one."""
-    if not path.is_file():
-        return None
-    if TensorFile(path, "reference cache").metadata.get("key") != key:
-        raise WagleError(f"reference cache {path} is of other data or another model; delete it")
-    return load_file(path)
-
-
-def _save(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-    header = {"format": "wagle_pl.reference", "format_version": "1", "key": key}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)

@@ -40,8 +40,8 @@ class UnlearnModule(FinetuneModule):
     """Unlearning: minimise an objective by updating only the selected weights.
 
     Frozen weights stay bit-identical to the starting model with any optimiser; the run checks that
-    at its end. Log-probabilities at θ₀ that an objective needs are computed once, kept in
-    ``.references`` next to the output, and reused by later runs on the same model and data.
+    at its end. Log-probabilities at θ₀ that an objective needs are computed once, before the first
+    step.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
@@ -175,7 +175,7 @@ class UnlearnModule(FinetuneModule):
                     self.mask_file,
                     other,
                 )
-        if not self.mask.count_together():
+        if not any(map(self.mask.count, self.mask)):
             file = "" if self.mask_file is None else f"{self.mask_file}, "
             raise WagleError(
                 f"the mask ({file}{self.mask.origin}) selects nothing: there is no weight to move"

@@ -455,7 +455,6 @@ class Study:
         data = copy.copy(self.data)
         data.seed = run.seed
         mask, rule = self._mask_file(run), run.objective.rule()
-        # output that is not kept is next to the references at θ₀, which all runs share
         output = self.folder / "models" / run.id if self.keep_models else self.folder / run.id
         module = (UnlearnModule if self.keep_models else UnkeptModule)(
             model=self.target,
