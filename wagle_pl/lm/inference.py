@@ -36,7 +36,7 @@ class Predictions:
     """Predictions of the next token at N places: hidden states, and the head that reads them."""
 
     states: Tensor  # (N, d) hidden states; (N, V) logits if there is no head
-    head: Optional[nn.Module] = None  # makes logits, in the dtype it computes with
+    head: Optional[nn.Linear] = None  # makes logits, in the dtype it computes with
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which the head must run
     _logits: Optional[Tensor] = field(default=None, init=False, repr=False)
 
@@ -59,10 +59,6 @@ class Predictions:
         if self._logits is not None:
             part._logits = self._logits.index_select(0, places)
         return part
-
-    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> Predictions:
-        """The same, with a head that must run in a context."""
-        return replace(self, context=context)
 
     def logits_of(self, states: Tensor) -> Tensor:
         """(n, V) logits of some of the states, in the dtype of the model."""
@@ -103,10 +99,10 @@ def in_chunks(function: Callable[..., Any], *arguments: Union[Predictions, Tenso
     columns = [a.states if isinstance(a, Predictions) else a for a in arguments]
     chunks = zip(*(column.split(first.at_once) for column in columns), strict=True)
     run = partial(checkpoint, of_chunk, use_reentrant=False)
-    found = [(run if torch.is_grad_enabled() else of_chunk)(*chunk) for chunk in chunks]
-    if isinstance(found[0], tuple):
-        return tuple(map(torch.cat, zip(*found, strict=True)))
-    return torch.cat(found)
+    results = [(run if torch.is_grad_enabled() else of_chunk)(*chunk) for chunk in chunks]
+    if isinstance(results[0], tuple):
+        return tuple(map(torch.cat, zip(*results, strict=True)))
+    return torch.cat(results)
 
 
 def predict(
@@ -226,12 +222,12 @@ def pack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _packed_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a model's forward takes for packed rows."""
-    inputs = {"input_ids": batch["packed_ids"], "position_ids": batch["packed_positions"]}
+    inputs: dict[str, Any] = {"attention_mask": None, "use_cache": False}
+    inputs |= {"input_ids": batch["packed_ids"], "position_ids": batch["packed_positions"]}
     if "flash" in (model.config._attn_implementation or ""):  # it would synchronise otherwise
-        ends = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch["packed_starts"])
-        longest = batch["labels"].shape[1]
-        inputs |= {**ends, **dict.fromkeys(("max_length_q", "max_length_k"), longest)}
-    return {**inputs, "attention_mask": None, "use_cache": False}
+        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch["packed_starts"])
+        inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch["labels"].shape[1])
+    return inputs
 
 
 @torch.no_grad()

@@ -49,14 +49,14 @@ def linear_weights(lm: PreTrainedModel, head: bool = True) -> list[tuple[nn.Para
     Args:
         head: include the output head, and with it the embeddings tied to it.
     """
-    found: dict[int, tuple[nn.Parameter, bool]] = {}
+    maps: dict[int, tuple[nn.Parameter, bool]] = {}
     for module in lm.modules():
         weights = (module.weight,) if is_linear(module) else expert_weights(module) or ()
-        found |= {id(weight): (weight, is_transposed(module)) for weight in weights}
+        maps |= {id(weight): (weight, is_transposed(module)) for weight in weights}
     output = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
     if output is not None and not head:
-        found.pop(id(output.weight), None)
-    return list(found.values())
+        maps.pop(id(output.weight), None)
+    return list(maps.values())
 
 
 def recompute_blocks(lm: PreTrainedModel) -> None:
@@ -66,22 +66,21 @@ def recompute_blocks(lm: PreTrainedModel) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not found:
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
         message = "gradient_checkpointing: %s has no blocks that can be computed again; all "
         log.warning(message + "activations are kept", type(lm).__name__)
-    for block in found:
+    for block in layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def blocks(lm: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a model, first to last: its longest outermost ``nn.ModuleList``."""
     lists = {name: m for name, m in lm.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = [m for name, m in lists.items() if not any(name.startswith(f"{n}.") for n in lists)]
+    outer = [[*m] for name, m in lists.items() if not any(name.startswith(f"{n}.") for n in lists)]
     if not outer:
-        what = f"no list of transformer blocks is found in a {type(lm).__name__}"
-        raise WagleError(f"{what}: hidden states need one")
-    return list(max(outer, key=len))
+        raise WagleError(f"a {type(lm).__name__} has no list of blocks, which hidden states need")
+    return max(outer, key=len)
 
 
 def check_layer(lm: nn.Module, layer: int, option: str) -> None:

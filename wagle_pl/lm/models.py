@@ -67,9 +67,9 @@ def load_model(
     if (base := adapted(name)) is not None:
         return merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
-    checked_config(name)
+    load_config(name)
     with loading(f"model {name!r}", name), errors_only("transformers.modeling_utils"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, keys = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or torch.get_default_dtype(),
             ignore_mismatched_sizes=True,
@@ -77,9 +77,8 @@ def load_model(
             attn_implementation=attn_implementation,
             **options,
         )
-    _check_found(
-        name, model, *(found[f"{what}_keys"] for what in ("missing", "mismatched", "unexpected"))
-    )
+    kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    _check_found(name, model, *(keys[kind] for kind in kinds))
     if "gguf_file" in options:  # plain weights once loaded, but saving refuses what looks quantised
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -112,7 +111,7 @@ def _load_sharded(name: str, attn_implementation: Optional[str]) -> PreTrainedMo
                 f"ZeRO-3 reads models in safetensors; {name} is none: write it as a folder first "
                 f"with wagle export {name} -o FOLDER"
             )
-        config = checked_config(name)
+        config = load_config(name)
         options = {"dtype": torch.get_default_dtype(), "attn_implementation": attn_implementation}
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, **options)
@@ -152,23 +151,24 @@ def _check_found(
     """Refuse weights that do not fit the configuration: transformers would initialise missing ones
     at random, and ignore additional layers.
     """
-    own = parameter_shapes(model)
-    kinds = set(map(_any_layer, own))
-    beyond = [weight for weight in unexpected if weight not in own and _any_layer(weight) in kinds]
-    fault, count = "", len(missing or beyond)
+    shapes = parameter_shapes(model)
+    kinds = set(map(_any_layer, shapes))
+    beyond = [w for w in unexpected if w not in shapes and _any_layer(w) in kinds]
+    count, example = len(missing or beyond), min(missing or beyond, default="")
     if mismatched:
         weight, stored, shape = min(mismatched)
-        there, here = tuple(stored), tuple(shape)
-        fault = f"{weight} has the shape {there} in its files and {here} by its configuration"
+        stored, shape = tuple(stored), tuple(shape)
+        fault = f"{weight} has the shape {stored} in its files and {shape} by its configuration"
     elif missing:
-        fault = f"its files lack {count} weights that its configuration has, such as {min(missing)}"
+        fault = f"its files lack {count} weights that its configuration has, such as {example}"
     elif beyond:
         fault = f"its files have {count} weights that its configuration has no layer for, such as "
-        fault += min(beyond)
-    if fault:
-        raise WagleError(
-            f"model {name!r} cannot be loaded: {fault}; check config.json, or get the model again"
-        )
+        fault += example
+    else:
+        return
+    raise WagleError(
+        f"model {name!r} cannot be loaded: {fault}; check config.json, or get the model again"
+    )
 
 
 def _any_layer(weight: str) -> str:
@@ -182,8 +182,9 @@ _LARGEST = {"num_hidden_layers": 10_000, "hidden_size": 1 << 17, "intermediate_s
 _LARGEST |= {"vocab_size": 1 << 24}
 
 
-def checked_config(name: str) -> PretrainedConfig:
-    """A model's configuration; refused, by its key, if no model can be built from a value."""
+def load_config(name: str) -> PretrainedConfig:
+    """A model's configuration, as it is once the weights are loaded; refused, by its key, if no
+    model can be built from a value."""
     from transformers import AutoConfig
 
     source, options = locate(name)
@@ -202,12 +203,6 @@ def checked_config(name: str) -> PretrainedConfig:
         raise WagleError(
             f"model {name!r}: config.json: dtype: must be the name of a dtype, got {text.dtype!r}"
         )
-    return config
-
-
-def load_config(name: str) -> PretrainedConfig:
-    """A model's configuration, as it is once the weights are loaded."""
-    config = checked_config(name)
     if hasattr(config, "quantization_config"):  # of a GGUF file; loaded weights are plain
         del config.quantization_config
     return config

@@ -59,16 +59,16 @@ class Ending(Callback):
     def __init__(self, output: Optional[Path]) -> None:
         self.output = output
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, module: LanguageModule, stage: str) -> None:
         self._handler = signal.getsignal(signal.SIGINT)
 
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, module: LanguageModule, stage: str) -> None:
         module.give_back()
         if self.output:
             outputs.release(self.output)
 
     def on_exception(
-        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+        self, trainer: L.Trainer, module: LanguageModule, exception: BaseException
     ) -> None:
         """The same; Ctrl-C in Python stays a KeyboardInterrupt, where Lightning would exit."""
         self.teardown(trainer, module, "fit")
@@ -290,11 +290,7 @@ class LanguageModule(L.LightningModule):
     def predict_step(self, *_: Any) -> None:
         """There is none: :meth:`setup` says what to use."""
 
-    def validation_step(
-        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self.evaluation is not None:
-            self.evaluation.observe(batch, dataloader_idx)
+    validation_step = test_step
 
     # -- fit ---------------------------------------------------------------------------------------
 
@@ -358,9 +354,11 @@ class LanguageModule(L.LightningModule):
         if not self.attached or not self.strict_loading or is_zero(self.trainer.strategy):
             return
         state = checkpoint.get("state_dict") or {}
-        there = {name: tensor.shape for name, tensor in state.items()}
-        here = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        differing = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        stored, wanted = (
+            {name: tensor.shape for name, tensor in tensors.items()}
+            for tensors in (state, self.state_dict())
+        )
+        differing = sorted(n for n in {*wanted, *stored} if wanted.get(n) != stored.get(n))
         if differing:
             raise WagleError(
                 f"{self.checkpoint_label} does not hold the weights of this model: "

@@ -27,16 +27,12 @@ if TYPE_CHECKING:
     from wagle_pl.lm.module import StreamData
 
 
-class Progress(TypedDict):
-    """What Lightning counts of epochs or of micro-batches."""
-
+class Progress(TypedDict):  # what Lightning counts of epochs or of micro-batches
     total: dict[str, Count]
     current: dict[str, Count]
 
 
-class RowSet(TypedDict):
-    """Rows that a stream is drawn from."""
-
+class RowSet(TypedDict):  # rows that a stream is drawn from
     rows: Count
     digest: Optional[str]
 
@@ -65,9 +61,7 @@ FitLoop = TypedDict(
 )
 
 
-class OptimizerState(TypedDict):
-    """State of an optimiser, by the index of the parameter; empty without an optimiser."""
-
+class OptimizerState(TypedDict):  # by the index of the parameter; empty without an optimiser
     state: Optional[dict[int, dict[str, Any]]]
     param_groups: Optional[list[dict[str, Any]]]
 
@@ -88,18 +82,14 @@ Checkpoint = TypedDict(
 )
 
 
-class ModelFields(TypedDict):
-    """What a checkpoint says about its model."""
-
+class ModelFields(TypedDict):  # what a checkpoint says about its model
     name: str
     fingerprint: str
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     record: Record
 
 
-class MaskFields(TypedDict):
-    """The mask of a checkpoint's run: the restriction it was made from, and its digest."""
-
+class MaskFields(TypedDict):  # the digest of the run's mask, and what that was made from
     digest: str
     file: Optional[str]
     modules: Optional[list[str]]
@@ -107,25 +97,19 @@ class MaskFields(TypedDict):
     matching: Optional[str]
 
 
-class Reference(TypedDict):
-    """Predictions at θ₀."""
-
+class Reference(TypedDict):  # predictions at θ₀
     key: str
     tensors: dict[str, Tensor]
 
 
-class WholeSums(TypedDict):
-    """Sums of an attribution in a checkpoint of one file."""
-
+class WholeSums(TypedDict):  # sums of an attribution in a checkpoint of one file
     sums: dict[str, list[Tensor]]
     passes: Count
     group: Count
     first: dict[str, Any]
 
 
-class Fields(TypedDict):
-    """What a module of this package adds to a checkpoint."""
-
+class Fields(TypedDict):  # what a module of this package adds to a checkpoint
     module: Optional[str]
     state_dict: Optional[dict[str, Tensor]]
     model: Optional[ModelFields]

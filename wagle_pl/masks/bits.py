@@ -11,6 +11,7 @@ from typing import Optional
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
@@ -91,7 +92,9 @@ def random_bits(sizes: Mapping[str, int], k: int, seed: int) -> dict[str, Tensor
     """
     generator = np.random.default_rng(seed)
     total, drawn = sum(sizes.values()), 0
-    packed = {name: np.zeros((size + 7) // 8, dtype=np.uint8) for name, size in sizes.items()}
+    packed: dict[str, NDArray[np.uint8]] = {
+        n: np.zeros((s + 7) // 8, np.uint8) for n, s in sizes.items()
+    }
     pieces = [
         (packed[name][start // 8 : (start + CHUNK) // 8], min(CHUNK, size - start))
         for name, size in sizes.items()

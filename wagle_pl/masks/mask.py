@@ -291,8 +291,9 @@ class WeightMask:
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Share of selected weights, as ``{"tensor": {...}, "layer": {...}, "module": {...}}``."""
-        groups = {"tensor": str, "layer": _layer_key, "module": module_type_of}
-        return {group: self._shares(key_of) for group, key_of in groups.items()}
+        shares: dict[str, dict[str, float]] = {"tensor": self._shares(str)}
+        shares |= {"layer": self._shares(_layer_key), "module": self._shares(module_type_of)}
+        return shares
 
     def grid(self) -> dict[str, dict[str, float]]:
         """``{layer: {module label: share selected}}``; weights outside layers are in ``other``."""

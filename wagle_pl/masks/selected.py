@@ -1,21 +1,18 @@
 """Selected weights as the only parameters of a model: why a frozen weight cannot move.
 
-:class:`SelectedWeights` changes how a model stores its weights during training. Each weight tensor
-is split into the *dense* tensor, which is neither a parameter nor a buffer, and a 1-D parameter,
-the *values* of its selected weights, in fp32 for any dtype of the model.
+:class:`SelectedWeights` splits each weight tensor of a model, during training, into the *dense*
+tensor, which is neither a parameter nor a buffer, and a 1-D parameter, the *values* of its selected
+weights, in fp32 for any dtype of the model.
 
 * In the forward pass a layer reads ``weight`` and gets the dense tensor. If the values have
   changed, they are written into the dense tensor first, rounded to its dtype.
 * In the backward pass the gradient of the dense tensor is computed as always; its selected entries
   become the gradient of the values, and the rest is freed.
 * So optimiser, weight decay, clipping, noise, averaging callbacks and communication hooks see only
-  the values. They have no reference to frozen weights, so they can neither read nor write them.
-* A NaN in the values or in their gradient reaches only selected weights.
-* The values and the optimiser's state are fp32 under ``bf16-true`` too, so that steps smaller than
-  half a unit in the last place of bf16 add up. The model's weights are the rounded values.
+  the values: they can neither read nor write frozen weights. A NaN reaches only selected ones.
+* Values and optimiser state are fp32 under ``bf16-true`` too, so that steps smaller than half a
+  unit in the last place of bf16 add up.
 * A checkpoint holds the values. The dense tensor comes from the base model's files.
-
-A value, its index and its gradient take 4 bytes each.
 
 :meth:`SelectedWeights.release` writes the values one last time and restores the model's ordinary
 parameters.
@@ -25,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Optional
 
@@ -87,10 +84,16 @@ class SelectedWeights:
                 tensor.theta0 = tensor.values.detach().to(parameter.dtype, copy=True)
             self.tensors[name] = by_parameter[parameter] = tensor
         for module in self.lm.modules():
-            own = module._parameters.items()
-            held = {leaf: by_parameter[p] for leaf, p in own if p in by_parameter}
-            if not (keep_theta0 or self.keeps_dense_gradients):
-                held = {leaf: tensor for leaf, tensor in held.items() if not tensor.is_plain}
+            held = {
+                leaf: by_parameter[parameter]
+                for leaf, parameter in module._parameters.items()
+                if parameter in by_parameter
+                and (
+                    keep_theta0
+                    or self.keeps_dense_gradients
+                    or not by_parameter[parameter].is_plain
+                )
+            }
             if held:
                 self._restore.append(_hold(module, held))
 
@@ -144,17 +147,16 @@ class SelectedWeights:
     def add_gradients(self, gradients: Gradients, factor: Optional[Tensor] = None) -> None:
         """Add gradients that :meth:`take_gradients` returned, times a factor; changes them."""
         for name, taken in gradients.items():
-            for gradient in taken:
-                if factor is not None and gradient is not None:
+            if factor is not None:
+                for gradient in filter(torch.is_tensor, taken):
                     gradient.mul_(factor)
             self.tensors[name].add_gradients(*taken)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, gradient) of values that have one."""
         for name, tensor in self.tensors.items():
-            gradient = getattr(tensor.values, "grad", None)
-            if gradient is not None:
-                yield name, gradient
+            if tensor.values is not None and tensor.values.grad is not None:
+                yield name, tensor.values.grad
 
     @torch.no_grad()
     def clip_by_dense_norm(self, bound: float, scale: float = 1.0) -> None:
@@ -201,45 +203,21 @@ def load_values(
         if f"{name}{SUFFIX}" in names:
             selected = None if mask is None else mask[name]
             with gathered(parameter) as dense:
-                merged = place(dense, selected, read(f"{name}{SUFFIX}")).view(-1)
-            assign(parameter, lambda start, stop, merged=merged: merged[start:stop])
+                merged = place(dense, selected, read(f"{name}{SUFFIX}"))
+            assign(parameter, partial(_numbers, merged.view(-1)))
 
 
-def _hold(module: nn.Module, held: dict[str, SelectedTensor]) -> Callable[[], None]:
-    """Make a module read some of its parameters through :class:`SelectedTensor`.
-
-    The module's class becomes a subclass with properties for these parameters, and the values are
-    registered in their place. A sharded dense tensor stays a parameter, which DeepSpeed gathers
-    when the module runs. Returns a function that undoes the change.
-    """
-    own_class, names = type(module), list(module._parameters)
-    module._selected, module._ready = held, None
-    module.__class__ = _reading(own_class, tuple(held))
-    for leaf, tensor in held.items():
-        if tensor.is_plain:
-            continue
-        if not tensor.is_sharded:
-            del module._parameters[leaf]
-        if tensor.values is not None:
-            module.register_parameter(f"{leaf}{SUFFIX}", tensor.values)
-
-    def restore() -> None:
-        del module._selected, module._ready
-        module.__class__ = own_class
-        for leaf, tensor in held.items():
-            module._parameters.pop(f"{leaf}{SUFFIX}", None)
-            module._parameters[leaf] = tensor.parameter
-        for name in names:
-            module._parameters[name] = module._parameters.pop(name)
-
-    return restore
+def _numbers(flat: Tensor, start: int, stop: int) -> Tensor:
+    return flat[start:stop]
 
 
-@cache  # compiled code is shared by modules of one class
-def _reading(own_class: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass that reads these parameters from ``_ready`` if it is set, else ``_selected``."""
+class _Reading(nn.Module):
+    """Put before a module's class: some of its parameters are read through a SelectedTensor."""
 
-    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    _selected: dict[str, SelectedTensor]  # by the parameter's name in the module
+    _ready: Optional[dict[str, Tensor]]  # what is read instead while a compiled block runs
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         tensors = self._selected.values()
         values = [tensor.values for tensor in tensors if tensor.masters and not tensor.is_plain]
         masters = {id(t) for value in values if value is not None for t in (value, value.grad)}
@@ -250,55 +228,71 @@ def _reading(own_class: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Mod
                 return made
             return tensor.to(made.device, torch.promote_types(tensor.dtype, made.dtype))
 
-        own_class._apply(self, fn_for, recurse)
+        super()._apply(fn_for, recurse)
         for tensor in tensors:
             tensor.apply_(fn)
         return self
 
-    def reader(leaf: str) -> property:
-        def read(self: nn.Module) -> Tensor:
-            if self._ready is not None:
-                return self._ready[leaf]
-            return self._selected[leaf].weight(leaf == "weight" and is_linear(self))
+    def _read(self, leaf: str) -> Tensor:
+        if self._ready is not None:
+            return self._ready[leaf]
+        return self._selected[leaf].weight(leaf == "weight" and is_linear(self))
 
-        return property(read)
 
-    members = {"_apply": apply, **{leaf: reader(leaf) for leaf in leaves}}
-    return type(own_class.__name__, (own_class,), {"__module__": own_class.__module__, **members})
+@cache  # compiled code is shared by modules of one class
+def _reading(base: type, leaves: tuple[str, ...]) -> type:
+    """A subclass with properties that read these parameters."""
+    members = {leaf: property(lambda self, leaf=leaf: self._read(leaf)) for leaf in leaves}
+    return type(base.__name__, (_Reading, base), {"__module__": base.__module__, **members})
+
+
+def _hold(module: Any, selected: dict[str, SelectedTensor]) -> Callable[[], None]:
+    """Make a module read some of its parameters through :class:`SelectedTensor`.
+
+    The module gets a class of :func:`_reading`, and the values are registered in the parameters'
+    place. A sharded dense tensor stays a parameter, which DeepSpeed gathers when the module runs.
+    Returns a function that undoes the change.
+    """
+    base, names = type(module), list(module._parameters)
+    module._selected, module._ready = selected, None
+    module.__class__ = _reading(base, tuple(selected))
+    for leaf, tensor in selected.items():
+        if tensor.is_plain:
+            continue
+        if not tensor.is_sharded:
+            del module._parameters[leaf]
+        if tensor.values is not None:
+            module.register_parameter(f"{leaf}{SUFFIX}", tensor.values)
+
+    def restore() -> None:
+        del module._selected, module._ready
+        module.__class__ = base
+        for leaf, tensor in selected.items():
+            module._parameters.pop(f"{leaf}{SUFFIX}", None)
+            module._parameters[leaf] = tensor.parameter
+        for name in names:
+            module._parameters[name] = module._parameters.pop(name)
+
+    return restore
 
 
 def _compile(block: nn.Module) -> Callable[[], None]:
-    """Compile a block's forward pass; hooks prepare its weights first, outside the compiled code.
-
-    Returns a function that undoes the change.
-    """
-
-    def get_ready(*_: Any) -> None:
-        for module in block.modules():
-            if "_selected" in module.__dict__:
-                module._ready = {leaf: getattr(module, leaf) for leaf in module._selected}
-
-    def let_go(*_: Any) -> None:
-        for module in block.modules():
-            if "_selected" in module.__dict__:
-                module._ready = None
-
-    plain = block.forward  # without the hooks
+    """Compile a block's forward pass in training; its weights are prepared outside of the compiled
+    code. Returns a function that undoes the change."""
+    plain = block.forward
     compiled = torch.compile(plain, dynamic=True)  # one program for batches of all sizes
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        trains = block.training and torch.is_grad_enabled()  # other passes are few
-        return (compiled if trains else plain)(*args, **kwargs)
+        if not (block.training and torch.is_grad_enabled()):  # other passes are few
+            return plain(*args, **kwargs)
+        modules = [module for module in block.modules() if isinstance(module, _Reading)]
+        for module in modules:
+            module._ready = {leaf: getattr(module, leaf) for leaf in module._selected}
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            for module in modules:
+                module._ready = None
 
     block.forward = forward
-    hooks = (
-        block.register_forward_pre_hook(get_ready),
-        block.register_forward_hook(let_go, always_call=True),
-    )
-
-    def restore() -> None:
-        del block.forward
-        for hook in hooks:
-            hook.remove()
-
-    return restore
+    return partial(delattr, block, "forward")

@@ -49,10 +49,7 @@ class SelectedTensor:
     """
 
     def __init__(
-        self,
-        parameter: nn.Parameter,
-        packed: Optional[Tensor],
-        masters: bool = True,
+        self, parameter: nn.Parameter, packed: Optional[Tensor], masters: bool = True
     ) -> None:
         self.parameter = parameter
         self.masters = masters
@@ -85,9 +82,8 @@ class SelectedTensor:
             return
         dtype = torch.promote_types(parameter.dtype, torch.float32 if masters else parameter.dtype)
         if self.is_sharded and self.is_partial:  # each rank takes the values of its share
-            _, share = share_of(parameter)
-            own = unpack_bits(self._packed, share.shape).to(share.device)
-            values = distributed.all_gather_uneven(share[own].to(parameter.device)).to(dtype)
+            share, selected = self._share()
+            values = distributed.all_gather_uneven(share[selected].to(parameter.device)).to(dtype)
         else:
             if self.is_partial:
                 places = iter_places(packed, size, chunk_of(parameter))
@@ -103,12 +99,17 @@ class SelectedTensor:
     def _keep_share(self, packed: Tensor) -> int:
         """Read and keep this rank's bits; return the number selected on all ranks. Collective."""
         start, share = share_of(self.parameter)
-        own = pack_bits(unpack_part(packed, start, start + len(share)))
-        each = (self.parameter.partition_numel() + 7) // 8
-        self._packed = torch.cat([own, own.new_zeros(each - len(own))]).to(self.parameter.device)
-        counts, rank = distributed.all_gather([count_bits(own)]), distributed.rank()
+        bits = pack_bits(unpack_part(packed, start, start + len(share)))
+        spare = (self.parameter.partition_numel() + 7) // 8 - len(bits)
+        self._packed = torch.cat([bits, bits.new_zeros(spare)]).to(self.parameter.device)
+        counts, rank = distributed.all_gather([count_bits(bits)]), distributed.rank()
         self._own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         return sum(counts)
+
+    def _share(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of a sharded tensor, and which of it is selected."""
+        _, share = share_of(self.parameter)
+        return share, unpack_bits(self._packed, share.shape).to(share.device)
 
     def bits(self) -> Optional[Tensor]:
         """The packed bits, one row per rank, if the tensor is sharded and partial. Collective."""
@@ -129,11 +130,11 @@ class SelectedTensor:
             return None
         if self._index is not None:
             return self._index.split(chunk)
-        each, size = self.parameter.partition_numel(), self.parameter.ds_numel
+        width, size = self.parameter.partition_numel(), self.parameter.ds_numel
         return (
             places + first
-            for first, row in zip(range(0, size, each), bits, strict=False)
-            for places in iter_places(row, min(each, size - first), chunk)
+            for first, row in zip(range(0, size, width), bits, strict=False)
+            for places in iter_places(row, min(width, size - first), chunk)
         )
 
     def taken(self, dense: Tensor, dtype: torch.dtype, bits: Optional[Tensor] = None) -> Tensor:
@@ -219,21 +220,20 @@ class SelectedTensor:
             return None
         if not self.in_place:
             return self.taken(gradient, self.values.dtype, bits)
-        elif self.values.grad is None:
+        is_first = self.values.grad is None
+        if is_first:
             self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
-            self.values.grad = take_(self._buffer, gradient, self.places())
-        else:
-            take_(self.values.grad, gradient, self.places(), add=True)
+            self.values.grad = self._buffer
+        take_(self.values.grad, gradient, self.places(), add=not is_first)
         return None
 
     def take_gradients(self) -> tuple[Optional[Tensor], Optional[Tensor]]:
         """The gradient of the values and, if it is kept, of the dense tensor; both are None then."""
-        gradient = None if self.values is None else self.values.grad
-        taken = (gradient, self.dense_gradient)
-        if gradient is not None:
-            self.values.grad = self._buffer = None
+        gradient, dense = None, self.dense_gradient
+        if self.values is not None and self.values.grad is not None:
+            gradient, self.values.grad, self._buffer = self.values.grad, None, None
         self.dense_gradient = None
-        return taken
+        return gradient, dense
 
     def add_gradients(self, gradient: Optional[Tensor], dense: Optional[Tensor]) -> None:
         """Add gradients that :meth:`take_gradients` returned, and which may be changed in place."""
@@ -242,9 +242,10 @@ class SelectedTensor:
         elif gradient is not None:
             self.values.grad = gradient
             self._buffer = None if self.is_plain else gradient
-        if dense is not None:
-            held = self.dense_gradient
-            self.dense_gradient = dense if held is None else held.add_(dense)
+        if dense is not None and self.dense_gradient is not None:
+            self.dense_gradient.add_(dense)
+        elif dense is not None:
+            self.dense_gradient = dense
 
     # -- devices, dtypes, the end ------------------------------------------------------------------
 
@@ -287,11 +288,10 @@ class SelectedTensor:
         if not in_shares(self.parameter):
             bits = self.bits()
             with gathered(self.values) as values:
-                whole = self._with(values, bits).view(-1)
-            assign(self.parameter, lambda start, stop: whole[start:stop])
+                dense = self._with(values, bits).view(-1)
+            assign(self.parameter, lambda start, stop: dense[start:stop])
             return
-        _, share = share_of(self.parameter)
-        own = unpack_bits(self._packed, share.shape).to(share.device)
+        share, selected = self._share()
         with gathered(self.values) as values:
-            merged = share.masked_scatter(own, values[self._own].to(share.device))
+            merged = share.masked_scatter(selected, values[self._own].to(share.device))
         assign(self.parameter, lambda start, stop: merged)

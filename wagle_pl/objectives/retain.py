@@ -132,8 +132,8 @@ def divergence(reference: Tensor, current: Tensor) -> Tensor:
     What has no probability under π₀ (padding of a vocabulary, with logits of −∞) adds nothing.
     """
     never = reference == -torch.inf
-    pair = (logprobs.masked_fill(never, 0.0) for logprobs in (current, reference))
-    return F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+    current, reference = (logprobs.masked_fill(never, 0.0) for logprobs in (current, reference))
+    return F.kl_div(current, reference, reduction="none", log_target=True).sum(-1)
 
 
 def cross_entropy(target: Tensor, current: Tensor) -> Tensor:

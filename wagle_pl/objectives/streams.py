@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
@@ -188,7 +188,7 @@ class Streams(Mapping[str, Answers]):
 
         def ask(context: Callable[[], AbstractContextManager[Any]]) -> Answers:
             with context(), capture(lm, layers) as hidden:
-                predicted = run(tensors).within(context)
+                predicted = replace(run(tensors), context=context)
             return Answers(predicted, labels, tensors["places"], hidden=hidden)
 
         answers = self._answers[stream] = ask(nullcontext)
@@ -316,14 +316,14 @@ class References:
             tensors = self._tensors(module, stream, "sum", _sums)
             self.sums[stream] = tensors["logprobs"].to(module.device)
         for stream in top_k:
-            tensors = self._tensors(module, stream, f"top {k}", partial(_top_k, k=k))
+            tensors = self._tensors(module, stream, f"top {k} of rows", partial(_top_k, k=k))
             together = TopK(*(tensors[name] for name in TopK._fields))
             self.top_k[stream] = together.split(tensors["lengths"].tolist())
 
     def _tensors(
         self, module: LanguageModule, stream: str, kind: str, compute: Compute
     ) -> dict[str, Tensor]:
-        key, name = _digest(module, stream), f"{stream} {kind}"
+        key, name = _digest(module, stream, kind), f"{stream} {kind}"
         if name not in self._stored:
             if self._resumed:
                 raise WagleError(
@@ -384,13 +384,13 @@ def _of_rows(
     return [of_row[row] for row in range(len(of_row))]
 
 
-def _digest(module: LanguageModule, stream: str) -> str:
+def _digest(module: LanguageModule, stream: str, kind: str) -> str:
     """A hash of what a stream's predictions depend on: model, precision, and the rows' tokens."""
     tokens: dict[int, str] = {}
     for batch in module.data.stream_loader(stream):
         columns = (batch[stream][c] for c in ("row", "input_ids", "labels", "attention_mask"))
         for row, ids, labels, mask in zip(*columns, strict=True):
             tokens[int(row)] = json.dumps([ids[mask > 0].tolist(), labels[mask > 0].tolist()])
-    text = f"{module.model_fingerprint} {module.trainer.precision}"
+    text = f"{module.model_fingerprint} {stream} {module.trainer.precision} {kind}"
     text += "".join(tokens[row] for row in range(len(tokens)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
