@@ -408,18 +408,18 @@ class Reads(TorchDispatchMode, L.Callback):
 
 
 @pytest.mark.parametrize("objective", [None, "NPO", "KL"])
-def test_a_step_waits_for_the_device_once(
+def test_a_step_does_not_wait_for_the_device(
     objective: str | None, tiny_model: str, rows: dict[str, str], tmp_path: Path
 ) -> None:
-    """For the finite check; eager, as transformers looks for padding itself before it calls sdpa."""
-    options = {"output": str(tmp_path / "out"), "attn_implementation": "eager"}
+    """What it reads has been copied to the host a step before."""
+    options = {"output": str(tmp_path / "out")}
     if objective is None:
         module = FinetuneModule(tiny_model, **options)
     else:
         module = UnlearnModule(tiny_model, objective=objective, layers="0", **options)
     reads = Reads()
     run(module, rows, reads, gradient_clip_val=1.0)
-    assert reads.steps == [Counter(_local_scalar_dense=1)] * 3
+    assert reads.steps == [Counter()] * 3
 
 
 # -- padding ------------------------------------------------------------------------------------------
