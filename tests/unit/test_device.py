@@ -230,6 +230,29 @@ def test_a_step_waits_for_the_host(
     assert all(isinstance(loss, float) for loss in losses.values())
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"hessian": "fisher"}, {"score": "fisher_ratio"}, {"sums": "passes=2"}], ids=str
+)
+def test_a_micro_batch_of_attribution_waits(tiny_model: str, options: dict[str, Any]) -> None:
+    """For nothing, and it copies nothing but two numbers for each stream."""
+    counts = []
+
+    class LastBatch(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            device.COUNTS.reset()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            counts.append((dict(device.COUNTS.waits), device.COUNTS.to_host))
+
+    lm = load_model(tiny_model, torch.float32)
+    with device.counting():
+        module = AttributionModule(device.on_device(lm), density=0.2, **options)
+        rows = ForgetRetainDataModule(forget=FORGET, retain=RETAIN, batch_size=2)
+        device.trainer(callbacks=[LastBatch()]).fit(module, rows)
+    waits, to_host = counts[-1]
+    assert not waits and to_host <= 16
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_copies_its_batch_alone(tiny_model: str, mask: WeightMask, accumulate: int) -> None:
     run = {"max_steps": 4, "accumulate_grad_batches": accumulate}

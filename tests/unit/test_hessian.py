@@ -116,6 +116,10 @@ def exact_fisher(model: Toy, ids: Tensor) -> Tensor:
     return total
 
 
+def lengths(labels: Tensor) -> list[int]:
+    return (labels[:, 1:] != -100).sum(-1).tolist()
+
+
 def estimate(
     estimator: Any, model: Toy, ids: Tensor, seed: int, by_row: bool = False
 ) -> GradientSums:
@@ -129,7 +133,7 @@ def estimate(
             logits = model(ids[part])
             return predicted(logits, labels), row_losses(logits, labels).sum()
 
-        estimator.add(MicroBatch(run, labels, seeds, seed), sums)
+        estimator.add(MicroBatch(run, labels, lengths(labels), seeds, seed), sums)
     estimator.end_step(sums)
     return sums
 
@@ -200,10 +204,10 @@ def test_mean_only_is_the_mean_of_the_diagonal(toy: tuple[Toy, Tensor]):
 def test_labels_drawn_follow_the_model_and_the_row():
     logits = torch.tensor([[[0.0, 1.0, 2.0]] * 2]).expand(6000, -1, -1)
     labels = torch.tensor([[-100, 0]]).expand(6000, -1)
-    drawn = sample_labels(predicted(logits, labels), labels, list(range(6000)))
+    drawn = sample_labels(predicted(logits, labels), [1] * 6000, list(range(6000)))
     shares = torch.bincount(drawn, minlength=3) / 6000
     torch.testing.assert_close(shares, logits[0, 0].softmax(-1), atol=0.03, rtol=0)
-    alone = sample_labels(predicted(logits[:1], labels[:1]), labels[:1], [41])
+    alone = sample_labels(predicted(logits[:1], labels[:1]), [1], [41])
     assert torch.equal(alone[0], drawn[41])
 
 
@@ -254,6 +258,7 @@ def test_every_estimator_is_an_option(name: str, toy: tuple[Toy, Tensor]):
                 row_losses(model(ids[part]), LABELS[part]).sum(),
             ),
             LABELS[part],
+            lengths(LABELS[part]),
             part.tolist(),
         )
         estimator.add(piece, sums)
@@ -319,7 +324,7 @@ def test_seeds_are_those_of_a_stated_hash():
     assert draws.of_step() == int(hashlib.sha256(b"step 0 1 1 2").hexdigest()[:16], 16) >> 1
     logits, labels = torch.zeros(1, 9, 50), torch.zeros(1, 9).long()
     found = predicted(logits, labels)
-    drawn = [sample_labels(found, labels, [draws.of_row(row, 0)]) for row in (3, 4)]
+    drawn = [sample_labels(found, [8], [draws.of_row(row, 0)]) for row in (3, 4)]
     assert not torch.equal(*drawn)
 
 

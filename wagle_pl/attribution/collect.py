@@ -24,16 +24,15 @@ from wagle_pl.attribution.hessian import DIAGONAL, Fisher, Hessian, MicroBatch
 from wagle_pl.attribution.sums import PIECE, GradientSums, Sums
 from wagle_pl.core import distributed
 from wagle_pl.core.distributed import stable_seed
-from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import evaluating, is_linear, parameter_shapes
-from wagle_pl.lm.inference import IGNORE, Predictions, forward_answers
+from wagle_pl.lm.inference import IGNORE, Predictions, answer_places, forward_answers
 from wagle_pl.lm.layers import expert_weights, is_transposed, linear_weights
 from wagle_pl.objectives.objective import Objective
 from wagle_pl.objectives.streams import Answers, Streams
 
 log = logging.getLogger(__name__)
 
-Batch = Mapping[str, Mapping[str, Tensor]]
+Batch = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass
@@ -99,6 +98,24 @@ class AtTheta0(Streams):
         if answers.reference is None:
             answers.reference = answers.logprob.detach()
         return answers
+
+
+class HostRows(NamedTuple):
+    """What the host knows of the rows of one stream, so that it need not ask their device."""
+
+    numbers: list[int]  # in their set
+    occurrences: list[int]  # how often each has been seen in the epoch
+    real: list[bool]  # False for rows that only fill the batch
+    widths: list[int]  # number of tokens without padding
+    lengths: list[int]  # number of labels
+
+
+def known(tensors: Mapping[str, Tensor]) -> HostRows:
+    """What is to be known of one stream's batch; waits if it is on a device."""
+    lengths = (tensors["labels"][:, 1:] != IGNORE).sum(-1)
+    widths, real = tensors["attention_mask"].sum(-1), tensors["weight"] > 0
+    columns = (tensors["row"], tensors["occurrence"], real, widths, lengths)
+    return HostRows(*(column.tolist() for column in columns))
 
 
 class Draws(NamedTuple):
@@ -175,26 +192,32 @@ def _completed(tensors: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
     real = columns["attention_mask"] > 0
     columns["labels"] = columns["labels"].masked_fill(~real, IGNORE)
     order = real.int().argsort(dim=1, descending=True, stable=True)
-    return {
+    columns = {
         name: tensor.gather(1, order) if tensor.shape == ids.shape else tensor
         for name, tensor in columns.items()
     }
+    return {**columns, "places": answer_places(columns["labels"]), "known": known(columns)}
 
 
 def add_batch(
     lm: nn.Module, batch: Batch, jobs: Sequence[Job], sums: GradientSums, draws: Draws
 ) -> dict[str, Tensor]:
-    """Add one micro-batch to the sums; returns stream -> mean loss, where computed. Collective."""
-    counts = {stream: int((tensors["weight"] > 0).sum()) for stream, tensors in batch.items()}
+    """Add one micro-batch to the sums; returns stream -> mean loss, where computed. Collective.
+
+    Args:
+        batch: stream -> tensors, their ``places`` and what is :func:`known` of them.
+    """
+    counts = {stream: sum(tensors["known"].real) for stream, tensors in batch.items()}
     for stream, count in counts.items():
         sums.count(f"{stream}_rows", count)
     losses = {}
     for number, job in enumerate(jobs):
         rows = split_rows(batch[job.stream]) if job.per_example else ()
-        parts = ({job.stream: row} for row in rows) if job.per_example else [batch]
-        found = [_add_rows(lm, part, job, sums, draws._replace(job=number)) for part in parts]
+        parts = [{job.stream: row} for row in rows] if job.per_example else [batch]
+        values = [_add_rows(lm, part, job, sums, draws._replace(job=number)) for part in parts]
         if job.needs_graph:
-            losses[job.stream] = sum(found, torch.zeros(())) / max(1, counts[job.stream])
+            losses[job.stream] = sum(values, torch.zeros(())) / max(1, counts[job.stream])
+    sums.check_losses(losses, {s: t["known"].numbers for s, t in batch.items()})
     return losses
 
 
@@ -210,6 +233,7 @@ def _add_rows(
 ) -> Optional[Tensor]:
     """Forward pass over some rows and the job's backward passes; returns the sum of losses."""
     tensors, hessian = batch[job.stream], job.hessian
+    rows: HostRows = tensors["known"]
     idle = tensors["weight"] == 0
     real = tensors["attention_mask"] * ~idle.unsqueeze(1)
 
@@ -226,7 +250,7 @@ def _add_rows(
         return answers, losses.masked_fill(idle, 0.0).sum()
 
     def of_real_rows(answers: Answers) -> Predictions:
-        if not idle.any():
+        if all(rows.real):
             return answers.predicted
         kept = ~idle[answers.places // answers.labels.shape[1]]
         return answers.predicted.at(kept.nonzero().view(-1))
@@ -242,7 +266,6 @@ def _add_rows(
         answers, loss = forward(watch=job.activations and not sums.group)
         if loss is None:
             return None
-        _check_finite(job.stream, tensors, loss)
         reusable = not sums.sharded
         done: Optional[tuple[Predictions, Tensor]] = (of_real_rows(answers), loss)
         if job.total or job.squares:
@@ -252,33 +275,32 @@ def _add_rows(
             done = done if reusable else None
         if hessian:
             labels = answers.labels.masked_fill(idle.unsqueeze(1), IGNORE)
-            rows = zip(tensors["row"].tolist(), tensors["occurrence"].tolist(), strict=True)
-            seeds = [draws.of_row(row, occurrence) for row, occurrence in rows]
-            hessian.add(MicroBatch(again, labels, seeds, draws.of_step(), done, reusable), sums)
+            lengths = [n * real for n, real in zip(rows.lengths, rows.real, strict=True)]
+            seeds = list(map(draws.of_row, rows.numbers, rows.occurrences))
+            micro_batch = MicroBatch(again, labels, lengths, seeds, draws.of_step(), done, reusable)
+            hessian.add(micro_batch, sums)
     return loss.detach()
 
 
-def _check_finite(stream: str, tensors: Mapping[str, Tensor], loss: Tensor) -> None:
-    """Raise :class:`WagleError` if the loss of any rank is NaN or infinite. Collective."""
-    if distributed.all_reduce_max(int(not torch.isfinite(loss))):
-        here = [] if torch.isfinite(loss) else [f"rows {tensors['row'].tolist()}: {loss.item():g}"]
-        found = distributed.all_gather(here)[0]
-        raise WagleError(f"{stream} loss is not finite in {found}; is the model damaged?")
-
-
-def split_rows(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def split_rows(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Batches of one row each, without padding or rows of weight 0. Every rank gets equally many,
     since backward passes are collective: a rank with fewer rows repeats one with weight 0."""
-    rows = (tensors["weight"] > 0).nonzero().view(-1).tolist()
-    missing = distributed.all_reduce_max(len(rows)) - len(rows)
-    for number, i in enumerate([*rows, *[0] * missing]):
-        width = int(tensors["attention_mask"][i].sum())
-        row = {
-            name: t[i : i + 1, :width] if t.dim() > 1 else t[i : i + 1]
+    rows: HostRows = tensors["known"]
+    numbers = [number for number, real in enumerate(rows.real) if real]
+    missing = distributed.all_reduce_max(len(numbers)) - len(numbers)
+    places, start = tensors["places"].split(rows.lengths), tensors["labels"].shape[1]
+    for i, idle in [*((i, False) for i in numbers), *[(0, True)] * missing]:
+        row: dict[str, Any] = {
+            name: t[i : i + 1, : rows.widths[i]] if t.dim() > 1 else t[i : i + 1]
             for name, t in tensors.items()
+            if isinstance(t, Tensor)
         }
-        idle = number >= len(rows)
-        yield {**row, "weight": torch.zeros_like(row["weight"])} if idle else row
+        row |= {"places": places[i] - i * start, "padded": False}
+        row["known"] = HostRows(*(column[i : i + 1] for column in rows))
+        if idle:
+            row["weight"] = torch.zeros_like(row["weight"])
+            row["known"] = row["known"]._replace(real=[False])
+        yield row
 
 
 # -- norms of the inputs of linear layers ----------------------------------------------------------

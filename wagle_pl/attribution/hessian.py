@@ -39,6 +39,7 @@ class MicroBatch:
     #: losses, a scalar.
     run: Callable[[], tuple[Predictions, Tensor]]
     labels: Tensor  # (B, T), -100 where nothing is predicted
+    lengths: Sequence[int]  # number of labels of each row
     seeds: Sequence[int]  # one per row: what is drawn for it does not depend on its batch
     step_seed: int = 0  # for what is drawn once per step, for all micro-batches and ranks
     done: Optional[tuple[Predictions, Tensor]] = None  # a forward pass that has already been run
@@ -112,7 +113,7 @@ class GaussNewton(Hessian):
         for draw in range(self.samples):
             predicted, _ = rows.forward()
             seeds = [stable_seed(seed, draw) for seed in rows.seeds]
-            drawn = sample_labels(predicted, rows.labels, seeds)
+            drawn = sample_labels(predicted, rows.lengths, seeds)
             loss = bartlett_loss(predicted, drawn, rows.labels)
             with sums.into(in_step=f"drawn {draw}"):
                 rows.backward(loss, last=draw + 1 == self.samples)
@@ -262,16 +263,20 @@ def make_estimator(
 
 
 @torch.no_grad()
-def sample_labels(predicted: Predictions, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Tokens, (N,), drawn from the model's predictions in place of the labels, (B, T), -100 where
-    there is none; ``seeds`` has one per row."""
-    drawn = [labels.new_zeros(0)]
-    places = torch.arange(len(predicted), device=labels.device)
-    lengths = (labels[:, 1:] != -100).sum(-1).tolist()
+def sample_labels(predicted: Predictions, lengths: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Tokens, (N,), drawn from the model's predictions, row after row, in place of the labels.
+
+    Args:
+        lengths, seeds: number of labels, and seed, of each row.
+    """
+    device = predicted.states.device
+    drawn = [torch.zeros(0, dtype=torch.long, device=device)]
+    places = torch.arange(len(predicted), device=device)
     for seed, row in zip(seeds, places.split(lengths), strict=True):
-        generator = torch.Generator(device=labels.device).manual_seed(seed)
+        generator = torch.Generator(device=device).manual_seed(seed)
         for part in row.split(predicted.at_once) if len(row) else ():
-            probabilities = predicted.at(part).logits().softmax(-1)
+            # a loss that is not finite is refused, but a GPU must not meet it here
+            probabilities = predicted.at(part).logits().softmax(-1).nan_to_num(1.0)
             drawn.append(torch.multinomial(probabilities, 1, generator=generator).view(-1))
     return torch.cat(drawn)
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from wagle_pl.attribution.collect import Draws, add_batch, end_step, jobs_for, warn_of_unwatched
+from wagle_pl.attribution.collect import (
+    Draws,
+    add_batch,
+    end_step,
+    jobs_for,
+    known,
+    warn_of_unwatched,
+)
 from wagle_pl.attribution.hessian import (
     Hessian,
     check_run,
@@ -290,6 +297,9 @@ class AttributionModule(LanguageModule):
 
     # -- the pass ----------------------------------------------------------------------------------
 
+    def noted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().noted(tensors), "known": known(tensors)}
+
     def training_step(self, batch: Mapping[str, Mapping[str, Tensor]], batch_idx: int) -> Tensor:
         """Add one micro-batch to the sums."""
         epoch, step = self.current_epoch, self.global_step
@@ -299,7 +309,9 @@ class AttributionModule(LanguageModule):
             epoch, step = epoch % self.period, step % (self.period * steps)
         draws = Draws(self.trainer.datamodule.seed, epoch, step)
         losses = add_batch(self.lm, batch, self.jobs, self.sums, draws)
-        self.log_dict({f"train/{s}_loss": loss for s, loss in losses.items()}, prog_bar=True)
+        self.log_dict({f"train/{s}_loss": loss for s, loss in losses.items()})
+        shown = {f"train/{s}_loss": loss for s, loss in self.sums.losses.items()}
+        self.trainer.progress_bar_metrics.update(shown)
         step_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         self._within_step = not step_ends and not self.trainer.is_last_batch
         if not self._within_step:

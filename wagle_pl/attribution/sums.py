@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import gcd, prod
+from math import gcd, isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wagle_pl.attribution.host import HostAdder, on_disk
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.late import LateReading
 from wagle_pl.strategies.checkpoint import Piece, ShardedCheckpoint
 
 #: Numbers that are copied to another dtype at a time.
@@ -180,6 +181,8 @@ class GradientSums:
         self._folder = folder
         self._counts_of_first: dict[str, float] = {}
         self._adder = HostAdder(self.parameters[0].device) if host else None
+        self._reading = LateReading()
+        self.losses: dict[str, float] = {}  #: the last that have been read, by stream
         self._begin(0)
 
     # -- groups of parameters ----------------------------------------------------------------------
@@ -356,10 +359,35 @@ class GradientSums:
         before = vectors.get(parameter)
         vectors[parameter] = vector.double() if before is None else before + vector
 
+    def check_losses(self, losses: Mapping[str, Tensor], rows: Mapping[str, list[int]]) -> None:
+        """Refuse the sums if a stream's loss is NaN or infinite: on a CPU at once, elsewhere at the
+        next micro-batch, or before they are used. Collective.
+
+        Args:
+            rows: numbers of the rows of each stream.
+        """
+        if not losses:
+            return
+        values = torch.stack([*losses.values()]).float()
+        failed = distributed.all_reduce_sum((~values.isfinite()).float())
+
+        def read(numbers: list[list[float]]) -> None:
+            self.losses = dict(zip(losses, numbers[0], strict=True))
+            for stream, loss, wrong in zip(losses, *numbers, strict=True):
+                if wrong:
+                    here = [] if isfinite(loss) else [f"rows {rows[stream]}: {loss:g}"]
+                    where = distributed.all_gather(here)[0]
+                    raise WagleError(
+                        f"{stream} loss is not finite in {where}; is the model damaged?"
+                    )
+
+        self._reading.start(torch.stack([values, failed]), read)
+
     # -- over all ranks, and in checkpoints --------------------------------------------------------
 
     def small(self) -> dict[str, Any]:
-        """Vectors and counts, summed over ranks. Collective."""
+        """Vectors and counts, summed over ranks, once all losses have been checked. Collective."""
+        self._reading.settle()
         total, device = distributed.all_reduce_sum, self.parameters[0].device
         shapes = {
             (name, key): tuple(vector.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from wagle_pl.core.needs import Needs
 from wagle_pl.core.schema import check, check_arguments
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
+from wagle_pl.lm.inference import answer_places
 from wagle_pl.lm.models import vocabulary_size
 from wagle_pl.lm.resume import Fields, begin, recount
 from wagle_pl.lm.state import ModelState
@@ -164,6 +166,8 @@ class LanguageModule(L.LightningModule):
                 f"nothing observes the rows of this {stage}",
                 hint="give the Trainer the callback wagle_pl.Evaluate()",
             )
+        # Lightning warns that the hook of the module is used, which is intended
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
         if self.output:
             check_writable(Path(self.output))
         self.trainer.callbacks.sort(key=lambda callback: isinstance(callback, Ending))
@@ -293,6 +297,18 @@ class LanguageModule(L.LightningModule):
     validation_step = test_step
 
     # -- fit ---------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note what is known of a training batch while it is on the host, see :meth:`noted`."""
+        if not self.trainer.training or not isinstance(batch, Mapping):
+            return batch
+        return {stream: self.noted(tensors) for stream, tensors in batch.items()}
+
+    def noted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """One stream's tensors with where its answers and padding are, for which its device would
+        have to wait."""
+        padded = not tensors["attention_mask"].all()
+        return {**tensors, "places": answer_places(tensors["labels"]), "padded": padded}
 
     @property
     def place(self) -> Optional[Path]:

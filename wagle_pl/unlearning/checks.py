@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import Diverged, WagleError
-from wagle_pl.core.late import HostCopy
+from wagle_pl.core.late import LateReading
 from wagle_pl.core.weights import chunks_of, digest, share_of
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
@@ -75,15 +75,15 @@ class StepLosses(NamedTuple):
     losses: Mapping[str, Any]  # tensors; numbers, once they have been read
 
 
-class FiniteSteps:
+class FiniteSteps(LateReading):
     """Refuses steps whose losses or gradients are not finite, without making a device wait.
 
-    On a CPU, a step is refused before it is taken. Elsewhere, its numbers are copied while the
-    device continues, and read at the next step; whatever writes weights calls :meth:`settle` first.
+    On a CPU, a step is refused before it is taken; elsewhere before the next one, or before weights
+    are written.
     """
 
     def __init__(self) -> None:
-        self._read: Optional[Callable[[], None]] = None
+        super().__init__()
         #: The losses of the last micro-batch that has been read.
         self.losses: dict[str, float] = {}
 
@@ -97,18 +97,16 @@ class FiniteSteps:
         Raises:
             Diverged: on all ranks, naming the rows, or a parameter.
         """
-        self.settle()
-        largest = _largest(gradients.values()) if gradients else None
+        names, largest = list(gradients), _largest(gradients.values()) if gradients else None
         checked = [batch.losses["loss"].float().view(1) for batch in batches]
         checked += [] if largest is None else [largest]
         finite = torch.cat(checked).isfinite().all()
         failed = distributed.all_reduce_sum((~finite).float()).view(1)
         losses = [loss for batch in batches for loss in batch.losses.values()]
         losses = [loss.float().view(1).to(failed.device) for loss in losses]
-        copy, names = HostCopy(torch.cat([failed, *losses])), list(gradients)
 
-        def read() -> None:
-            failed, *values = copy.read().tolist()
+        def read(numbers: list[float]) -> None:
+            failed, *values = numbers
             known = iter(values)
             read_batches = [
                 batch._replace(losses={name: next(known) for name in batch.losses})
@@ -116,23 +114,10 @@ class FiniteSteps:
             ]
             self.losses = read_batches[-1].losses if read_batches else {}
             if failed:
-                numbers = [] if largest is None else largest.tolist()
-                _refuse_step(read_batches, dict(zip(names, numbers, strict=True)), step)
+                entries = [] if largest is None else largest.tolist()
+                _refuse_step(read_batches, dict(zip(names, entries, strict=True)), step)
 
-        self._read = read
-        if self.waits(finite.device):
-            self.settle()
-
-    @staticmethod
-    def waits(device: torch.device) -> bool:
-        """Whether a step waits until its numbers are known: only where that costs nothing."""
-        return device.type == "cpu"
-
-    def settle(self) -> None:
-        """Finish the check that is outstanding. Collective."""
-        read, self._read = self._read, None
-        if read is not None:
-            read()
+        self.start(torch.cat([failed, *losses]), read)
 
 
 def _refuse_step(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from math import prod
@@ -27,7 +26,6 @@ from wagle_pl.core.weights import evaluating, parameter_shapes, share_of
 from wagle_pl.lm import resume
 from wagle_pl.lm.inference import (
     Predictions,
-    answer_places,
     forward_answers,
     keeps_rows_apart,
     pack,
@@ -155,8 +153,6 @@ class FinetuneModule(LanguageModule):
         """Refuse options that cannot work and an output that exists, before any work is done."""
         super().setup(stage)
         if stage == "fit":
-            # Lightning warns that the hook of the module is used, which is intended
-            warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")
             check_run(self)
             if self.output:
                 outputs.reserve(self.place, self.overwrite, kind="folder")
@@ -300,18 +296,9 @@ class FinetuneModule(LanguageModule):
         random = resume.random_state(self.device)
         self._step_start = resume.StepStart(self.current_epoch, batch_idx, self.global_step, random)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note where answers and padding are while a training batch is on the host, since its device
-        would have to wait; and pack rows."""
-        if not self.trainer.training or not isinstance(batch, Mapping):
-            return batch
-        streams = {}
-        for stream, tensors in batch.items():
-            noted = {**tensors, "places": answer_places(tensors["labels"])}
-            if "attention_mask" in tensors:
-                noted["padded"] = not tensors["attention_mask"].all()
-            streams[stream] = {**noted, **(pack(noted) if self.packing else {})}
-        return streams
+    def noted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        noted = super().noted(tensors)
+        return {**noted, **(pack(noted) if self.packing else {})}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self.losses(self.streams_of(batch))
