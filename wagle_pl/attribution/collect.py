@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -24,6 +24,7 @@ from wagle_pl.attribution.hessian import DIAGONAL, Fisher, Hessian, MicroBatch
 from wagle_pl.attribution.sums import PIECE, GradientSums, Sums
 from wagle_pl.core import distributed
 from wagle_pl.core.distributed import stable_seed
+from wagle_pl.core.errors import WagleError
 from wagle_pl.core.weights import evaluating, is_linear, parameter_shapes
 from wagle_pl.lm.inference import IGNORE, Predictions, answer_places, forward_answers
 from wagle_pl.lm.layers import expert_weights, is_transposed, linear_weights
@@ -217,8 +218,28 @@ def add_batch(
         values = [_add_rows(lm, part, job, sums, draws._replace(job=number)) for part in parts]
         if job.needs_graph:
             losses[job.stream] = sum(values, torch.zeros(())) / max(1, counts[job.stream])
-    sums.check_losses(losses, {s: t["known"].numbers for s, t in batch.items()})
+    if losses:
+        _check_finite(losses, {stream: t["known"].numbers for stream, t in batch.items()}, sums)
     return losses
+
+
+def _check_finite(
+    losses: Mapping[str, Tensor], rows: Mapping[str, list[int]], sums: GradientSums
+) -> None:
+    """Refuse the sums if a stream's loss is NaN or infinite: on a CPU at once, elsewhere at the next
+    micro-batch, or before they are used. Collective."""
+    values = torch.stack([*losses.values()]).float()
+    failed = distributed.all_reduce_sum((~values.isfinite()).float())
+
+    def read(numbers: list[list[float]]) -> None:
+        sums.losses = dict(zip(losses, numbers[0], strict=True))
+        for stream, loss, wrong in zip(losses, *numbers, strict=True):
+            if wrong:
+                here = [] if isfinite(loss) else [f"rows {rows[stream]}: {loss:g}"]
+                where = distributed.all_gather(here)[0]
+                raise WagleError(f"{stream} loss is not finite in {where}; is the model damaged?")
+
+    sums.reading.start(torch.stack([values, failed]), read)
 
 
 def end_step(jobs: Sequence[Job], sums: GradientSums) -> None:

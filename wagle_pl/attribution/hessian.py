@@ -203,63 +203,47 @@ def check_run(
         raise WagleError(message, "sums", "use host or device")
 
 
-def hessian_option(
-    hessian: Union[str, Hessian, Mapping[str, Any]], gamma: Union[float, str], needs: set[str]
-) -> Union[str, Hessian]:
-    """The option ``hessian``, checked, as a name or an object; a number for γ implies ``scalar``.
+def choose_hessian(
+    hessian: Union[str, Hessian, Mapping[str, Any]],
+    gamma: Union[float, str],
+    samples: int,
+    needs: set[str],
+) -> tuple[str, Optional[Hessian]]:
+    """The name of the option ``hessian``, for records, and its estimator: None if the scores need
+    none, or γ is a number, which implies ``scalar``.
+
+    Args:
+        samples: of an estimator that is given by its name.
 
     Raises:
-        WagleError: if it contradicts γ, or is not what the scores need.
+        WagleError: if the options contradict each other, there is no such estimator, it does not
+            override :meth:`Hessian.add`, or it is not what the scores need.
     """
-    if not isinstance(hessian, str):
-        hessian = resolve(Hessian, hessian, "hessian")
+    option = hessian if isinstance(hessian, str) else resolve(Hessian, hessian, "hessian")
+    name = option if isinstance(option, str) else type(option).__name__
     if gamma != "auto":
         check_positive(gamma, "gamma")
-        if hessian not in ("scalar", "auto"):
-            raise WagleError(
-                f"a number is for hessian scalar, not for {hessian_name(hessian)}; got {gamma}",
-                option="gamma",
-                hint="leave one of them out",
-            )
-        hessian = "scalar"
-    elif hessian == "scalar":
+        if option not in ("scalar", "auto"):
+            message = f"a number is for hessian scalar, not for {name}; got {gamma}"
+            raise WagleError(message, "gamma", "leave one of them out")
+        name = option = "scalar"
+    elif option == "scalar":
         raise WagleError("scalar needs a number", option="hessian", hint="give --model.gamma")
-    scalar = hessian == "scalar" if isinstance(hessian, str) else not hessian.diagonal
-    if scalar and "h_diagonal" in needs:
-        raise WagleError(
-            "a score here needs a Hessian diagonal, not a scalar",
-            hint="give --model.hessian gauss_newton",
-        )
-    return hessian
-
-
-def hessian_name(hessian: Union[str, Hessian]) -> str:
-    """The option ``hessian`` in records and messages."""
-    return hessian if isinstance(hessian, str) else type(hessian).__name__
-
-
-def make_estimator(
-    hessian: Union[str, Hessian], samples: int, needs: set[str]
-) -> Optional[Hessian]:
-    """The estimator of a checked option ``hessian``, with ``samples`` if it is a name; None if the
-    scores need none.
-
-    Raises:
-        WagleError: if there is no such estimator, or it does not override :meth:`Hessian.add`.
-    """
-    if isinstance(hessian, str):
-        kind = estimator_of(hessian)
-        diagonal = hessian != "auto" or "h_diagonal" in needs
+    if isinstance(option, str):
+        kind = estimator_of(option)
+        diagonal = option != "auto" or "h_diagonal" in needs
         estimator = None if kind is None else kind(samples=samples, diagonal=diagonal)
-    elif samples != 1:
-        raise WagleError(
-            "must be 1 for a Hessian object, which has samples of its own", option="hessian_samples"
-        )
     else:
-        estimator = hessian
+        estimator = option
+        if samples != 1:
+            message = "must be 1 for a Hessian object, which has samples of its own"
+            raise WagleError(message, option="hessian_samples")
+    if "h_diagonal" in needs and (estimator is None or not estimator.diagonal):
+        needed = "a score here needs a Hessian diagonal, not a scalar"
+        raise WagleError(needed, hint="give --model.hessian gauss_newton")
     if estimator is not None and type(estimator).add is Hessian.add:
         raise WrongType(f"{type(estimator).__name__} must override add", option="hessian")
-    return estimator if needs & {"h", "h_diagonal"} else None
+    return name, estimator if needs & {"h", "h_diagonal"} else None
 
 
 @torch.no_grad()

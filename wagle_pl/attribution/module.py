@@ -23,13 +23,7 @@ from wagle_pl.attribution.collect import (
     known,
     warn_of_unwatched,
 )
-from wagle_pl.attribution.hessian import (
-    Hessian,
-    check_run,
-    hessian_name,
-    hessian_option,
-    make_estimator,
-)
+from wagle_pl.attribution.hessian import Hessian, check_run, choose_hessian
 from wagle_pl.attribution.scores import Score, try_out
 from wagle_pl.attribution.scoring import (
     DTYPES,
@@ -150,7 +144,6 @@ class AttributionModule(LanguageModule):
         self.save_scores = save_scores
         #: Scores to write: label -> a spec that uses the score.
         self._scores = by_label(self.specs) if save_scores else {}
-        self.hessian = hessian_option(hessian, gamma, self.needs)
         self.gamma = gamma
         self.damping = check_positive(damping, "damping")
         self.hessian_samples = int(check_positive(hessian_samples, "hessian_samples"))
@@ -159,10 +152,10 @@ class AttributionModule(LanguageModule):
         self.reduction = reduction
         self._on_host, self.passes = Sums.parse(sums)
         self.gradient_checkpointing = gradient_checkpointing
-        self.estimator = make_estimator(self.hessian, self.hessian_samples, self.needs)
-        scalar = self.hessian in ("scalar", "auto")
+        options = (hessian, gamma, self.hessian_samples, self.needs)
+        self.hessian, self.estimator = choose_hessian(*options)
         #: Whether scores see one h for all weights.
-        self.scalar = scalar if isinstance(self.hessian, str) else not self.hessian.diagonal
+        self.scalar = self.hessian == "auto" or not getattr(self.estimator, "diagonal", False)
         self.jobs, self._diagonal = jobs_for(
             self.needs, self.forget_loss, self.estimator, hessian_data
         )
@@ -310,8 +303,7 @@ class AttributionModule(LanguageModule):
         draws = Draws(self.trainer.datamodule.seed, epoch, step)
         losses = add_batch(self.lm, batch, self.jobs, self.sums, draws)
         self.log_dict({f"train/{s}_loss": loss for s, loss in losses.items()})
-        shown = {f"train/{s}_loss": loss for s, loss in self.sums.losses.items()}
-        self.trainer.progress_bar_metrics.update(shown)
+        self.trainer.progress_bar_metrics.update(self.sums.losses)
         step_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         self._within_step = not step_ends and not self.trainer.is_last_batch
         if not self._within_step:
@@ -353,10 +345,11 @@ class AttributionModule(LanguageModule):
             device=self.device,
         )
         metadata = self._metadata()
-        passes, rows = metadata["passes"], metadata["forget_rows"]
-        if self._one_pass_planned and passes != 1:
-            message = "the mask is of %.4g passes over the %d forget rows, not of one: the run "
-            log.warning(message + "ended early", passes, rows)
+        if self._one_pass_planned and (passes := metadata["passes"]) != 1:
+            message = (
+                "the mask is of %.4g passes over the %d forget rows, not of one: it ended early"
+            )
+            log.warning(message, passes, metadata["forget_rows"])
         self._write_masks(metadata)
 
     def _metadata(self) -> dict[str, Any]:
@@ -365,7 +358,7 @@ class AttributionModule(LanguageModule):
         return {
             "model": self.model_name,
             "model_fingerprint": self.model_fingerprint,
-            "hessian": hessian_name(self.hessian) if curvature else None,
+            "hessian": self.hessian if curvature else None,
             "gamma": curvature.mean if curvature else None,
             "damping": self.damping,
             "hessian_samples": self.estimator.samples if self.estimator else self.hessian_samples,

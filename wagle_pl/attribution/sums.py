@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import gcd, isfinite, prod
+from math import gcd, prod
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -93,6 +93,8 @@ class Shard:
         self._by_row = (rows, *rest)
         self._each = rows if self.ranks == 1 else -(-rows // (self.ranks * per_byte)) * per_byte
         self.start, self.stop = (min(r * self._each, rows) for r in (rank, rank + 1))
+        #: The shape of this rank's rows.
+        self.own = self.shape if self.ranks == 1 else (self.stop - self.start, *rest)
         #: Index of the first weight in the flattened parameter, and how many the parameter has.
         self.first, self.total = self.start * width, rows * width
 
@@ -101,11 +103,6 @@ class Shard:
         if self.ranks == 1:
             return tensor
         return tensor.reshape(self._by_row)[self.start : self.stop]
-
-    @property
-    def own(self) -> tuple[int, ...]:
-        """The shape of this rank's rows."""
-        return self.shape if self.ranks == 1 else (self.stop - self.start, *self._by_row[1:])
 
     def zeros(self, device: torch.device) -> Tensor:
         """fp32 zeros for this rank's rows."""
@@ -169,6 +166,8 @@ class GradientSums:
         named = dict(parameters)
         self.names, self.parameters = list(named), list(named.values())
         self.shards = [Shard(getattr(p, "ds_shape", p.shape)) for p in self.parameters]
+        #: Whether the parameters themselves are sharded (ZeRO-3).
+        self.sharded = any(hasattr(parameter, "ds_id") for parameter in self.parameters)
         #: Sums over the run: name -> this rank's rows of each parameter.
         self.sums: dict[str, list[Tensor]] = {}
         #: Sums over one optimiser step, zero between steps.
@@ -181,8 +180,8 @@ class GradientSums:
         self._folder = folder
         self._counts_of_first: dict[str, float] = {}
         self._adder = HostAdder(self.parameters[0].device) if host else None
-        self._reading = LateReading()
-        self.losses: dict[str, float] = {}  #: the last that have been read, by stream
+        #: Of the losses, which may refuse the sums; and those of the last micro-batch, by stream.
+        self.reading, self.losses = LateReading(), dict[str, float]()
         self._begin(0)
 
     # -- groups of parameters ----------------------------------------------------------------------
@@ -229,11 +228,6 @@ class GradientSums:
         host = self._adder is not None
         device = torch.device("cpu") if host else self.parameters[position].device
         return self.shards[position].zeros(device)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the parameters themselves are sharded (ZeRO-3)."""
-        return any(hasattr(parameter, "ds_id") for parameter in self.parameters)
 
     def buffers(self, name: str, in_step: bool = False) -> list[Tensor]:
         """The sums of one name, over the run or over the step, in parameter order."""
@@ -359,35 +353,11 @@ class GradientSums:
         before = vectors.get(parameter)
         vectors[parameter] = vector.double() if before is None else before + vector
 
-    def check_losses(self, losses: Mapping[str, Tensor], rows: Mapping[str, list[int]]) -> None:
-        """Refuse the sums if a stream's loss is NaN or infinite: on a CPU at once, elsewhere at the
-        next micro-batch, or before they are used. Collective.
-
-        Args:
-            rows: numbers of the rows of each stream.
-        """
-        if not losses:
-            return
-        values = torch.stack([*losses.values()]).float()
-        failed = distributed.all_reduce_sum((~values.isfinite()).float())
-
-        def read(numbers: list[list[float]]) -> None:
-            self.losses = dict(zip(losses, numbers[0], strict=True))
-            for stream, loss, wrong in zip(losses, *numbers, strict=True):
-                if wrong:
-                    here = [] if isfinite(loss) else [f"rows {rows[stream]}: {loss:g}"]
-                    where = distributed.all_gather(here)[0]
-                    raise WagleError(
-                        f"{stream} loss is not finite in {where}; is the model damaged?"
-                    )
-
-        self._reading.start(torch.stack([values, failed]), read)
-
     # -- over all ranks, and in checkpoints --------------------------------------------------------
 
     def small(self) -> dict[str, Any]:
         """Vectors and counts, summed over ranks, once all losses have been checked. Collective."""
-        self._reading.settle()
+        self.reading.settle()
         total, device = distributed.all_reduce_sum, self.parameters[0].device
         shapes = {
             (name, key): tuple(vector.shape)
@@ -397,10 +367,10 @@ class GradientSums:
         vectors: dict[str, dict[str, Tensor]] = {}
         # a rank lacks the vectors of layers it has never run, such as experts
         for (name, key), shape in sorted(dict(distributed.all_gather(shapes.items())).items()):
-            own = self.vectors.get(name, {}).get(key)
-            if own is None:
-                own = torch.zeros(shape, dtype=torch.float64, device=device)
-            vectors.setdefault(name, {})[key] = total(own.clone())
+            zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+            vectors.setdefault(name, {})[key] = total(
+                self.vectors.get(name, {}).get(key, zeros).clone()
+            )
         counts = {
             name: float(total(torch.tensor(count).double()))
             for name, count in sorted(self.counts.items())

@@ -307,8 +307,10 @@ class LanguageModule(L.LightningModule):
     def noted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """One stream's tensors with where its answers and padding are, for which its device would
         have to wait."""
-        padded = not tensors["attention_mask"].all()
-        return {**tensors, "places": answer_places(tensors["labels"]), "padded": padded}
+        known: dict[str, Any] = {"places": answer_places(tensors["labels"])}
+        if "attention_mask" in tensors:
+            known["padded"] = not tensors["attention_mask"].all()
+        return {**tensors, **known}
 
     @property
     def place(self) -> Optional[Path]:

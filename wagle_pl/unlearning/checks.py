@@ -14,7 +14,8 @@ from torch import Tensor
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.late import LateReading
-from wagle_pl.core.weights import chunks_of, digest, share_of
+from wagle_pl.core.weights import chunks_of, digest, evaluating, share_of
+from wagle_pl.lm.inference import keeps_rows_apart
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
 
@@ -61,6 +62,18 @@ def check_run(module: FinetuneModule) -> None:
         raise WagleError(
             "model.output_dtype: it does not work under DeepSpeed, whose optimisers hold the fp32 "
             "values: leave it out"
+        )
+
+
+def check_packing(module: FinetuneModule) -> None:
+    """Refuse to pack rows that would see each other. Collective."""
+    with evaluating(module.lm), module.trainer.precision_plugin.forward_context():
+        apart = keeps_rows_apart(module.lm)
+    if not apart:
+        raise WagleError(
+            f"packed rows would see each other in a {type(module.lm).__name__} with "
+            f"{module.lm.config._attn_implementation} attention: leave --model.packing out",
+            option="model.packing",
         )
 
 
@@ -203,11 +216,11 @@ class FrozenWeights:
     def _digests(self, name: str, tensor: Tensor) -> Tensor:
         """Digests of the chunks of this rank's shard: :func:`wagle_pl.core.weights.digest`."""
         start, share = share_of(tensor)
-        found = []
+        digests = []
         for first, end in chunks_of(start, len(share)):
             selected = self.mask.part(name, start + first, start + end).to(share.device)
-            found.append(digest(share[first:end].masked_fill(selected, 0), start + first))
-        return torch.stack(found).cpu() if found else torch.empty(0, dtype=torch.int64)
+            digests.append(digest(share[first:end].masked_fill(selected, 0), start + first))
+        return torch.stack(digests).cpu() if digests else torch.empty(0, dtype=torch.int64)
 
     def check(self, weights: Iterable[tuple[str, Tensor]], step: int) -> str:
         """Check the guarantee; returns a text: how many weights are unchanged. Collective.

@@ -22,12 +22,11 @@ from wagle_pl.core import outputs
 from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.schema import check_arguments
-from wagle_pl.core.weights import evaluating, parameter_shapes, share_of
+from wagle_pl.core.weights import parameter_shapes, share_of
 from wagle_pl.lm import resume
 from wagle_pl.lm.inference import (
     Predictions,
     forward_answers,
-    keeps_rows_apart,
     pack,
 )
 from wagle_pl.lm.layers import blocks, expert_weights
@@ -41,6 +40,7 @@ from wagle_pl.strategies import ShardedCheckpoint, check_optimizer, is_zero
 from wagle_pl.unlearning.checks import (
     FiniteSteps,
     StepLosses,
+    check_packing,
     check_run,
     check_weights,
     moves_kept,
@@ -265,20 +265,9 @@ class FinetuneModule(LanguageModule):
         if is_zero(strategy):  # the dtype that DeepSpeed computes with
             self.selected.cast(next(p.dtype for p in self.lm.parameters() if p.requires_grad))
         if self.packing:
-            self.check_packing()
+            check_packing(self)
         self.fitted = True
         super().on_fit_start()
-
-    def check_packing(self) -> None:
-        """Refuse to pack rows that would see each other. Collective."""
-        with evaluating(self.lm), self.trainer.precision_plugin.forward_context():
-            apart = keeps_rows_apart(self.lm)
-        if not apart:
-            raise WagleError(
-                f"packed rows would see each other in a {type(self.lm).__name__} with "
-                f"{self.lm.config._attn_implementation} attention: leave --model.packing out",
-                option="model.packing",
-            )
 
     def on_train_start(self) -> None:
         """Start the clock and restore the random state of a checkpoint."""
@@ -446,7 +435,9 @@ class FinetuneModule(LanguageModule):
 
     def on_train_end(self) -> None:
         self.check_weights()
-        self._note_rounding()
+        holds_all = self.trainer.is_global_zero and not is_zero(self.trainer.strategy)
+        if holds_all and self.output and not self.output_dtype:
+            self._moves_kept = moves_kept(self._tensors, Originals(self.model_name))
         self.release(self.output_dtype)
         if self.output_dtype and self._before is not None:
             self._before.dtypes.clear()  # the values are to stay in fp32
@@ -464,12 +455,6 @@ class FinetuneModule(LanguageModule):
             outputs.write_or_keep(write, Path(self.output), checkpoint, again=not self.sharded)
         if self.trainer.is_global_zero:
             log.info("model written to %s", self.output)
-
-    def _note_rounding(self) -> None:
-        """Note how many moves are left in the files, if these round the values."""
-        holds_all = self.trainer.is_global_zero and not is_zero(self.trainer.strategy)
-        if holds_all and self.output and not self.output_dtype:
-            self._moves_kept = moves_kept(self._tensors, Originals(self.model_name))
 
     def export(self, record: dict[str, Any]) -> None:
         """Write the model folder; unchanged values keep their bits. Collective under ZeRO-3."""
