@@ -152,14 +152,13 @@ class AttributionModule(LanguageModule):
         self.reduction = reduction
         self._on_host, self.passes = Sums.parse(sums)
         self.gradient_checkpointing = gradient_checkpointing
-        options = (hessian, gamma, self.hessian_samples, self.needs)
-        self.hessian, self.estimator = choose_hessian(*options)
+        chosen = choose_hessian(hessian, gamma, self.hessian_samples, self.needs)
+        self.hessian, self.estimator = chosen
         #: Whether scores see one h for all weights.
         self.scalar = self.hessian == "auto" or not getattr(self.estimator, "diagonal", False)
-        self.jobs, self._diagonal = jobs_for(
-            self.needs, self.forget_loss, self.estimator, hessian_data
-        )
-        streams = (self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs))
+        jobs = jobs_for(self.needs, self.forget_loss, self.estimator, hessian_data)
+        self.jobs, self._diagonal = jobs
+        streams = [self.forget_loss.forget_streams[0], *(job.stream for job in self.jobs)]
         self.streams = tuple(dict.fromkeys(streams))
         self.masks: dict[str, WeightMask] = {}  # by name, once the pass has ended
         self.collected: Optional[Collected] = None  # once the pass has ended
@@ -250,8 +249,7 @@ class AttributionModule(LanguageModule):
         super().configure_model()
         self.lm.requires_grad_(True)
         folder = Path(self.output or ".").parent
-        named = self.lm.named_parameters()
-        self.sums = GradientSums(named, self._on_host, self.passes, folder)
+        self.sums = GradientSums(self.lm.named_parameters(), self._on_host, self.passes, folder)
         if self.gradient_checkpointing:
             recompute_blocks(self.lm)
         if "activation" in self.needs:
@@ -304,8 +302,8 @@ class AttributionModule(LanguageModule):
         losses = add_batch(self.lm, batch, self.jobs, self.sums, draws)
         self.log_dict({f"train/{s}_loss": loss for s, loss in losses.items()})
         self.trainer.progress_bar_metrics.update(self.sums.losses)
-        step_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        self._within_step = not step_ends and not self.trainer.is_last_batch
+        inside = (batch_idx + 1) % self.trainer.accumulate_grad_batches != 0
+        self._within_step = inside and not self.trainer.is_last_batch
         if not self._within_step:
             end_step(self.jobs, self.sums)
         if is_zero(self.trainer.strategy):
