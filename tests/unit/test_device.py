@@ -37,6 +37,9 @@ FORGET, RETAIN = (
 )
 #: Times a step waits for the host; what it reads of the device has been copied a step before.
 WAITS_OF_A_STEP = 0
+#: What waits nevertheless: transformers asks where packed rows begin, RepSelect's matrices are decomposed, PDU's
+#: weight depends on the losses.
+WAITING = ("packing", "RepSelect", "PDU")
 
 
 def data() -> ForgetRetainDataModule:
@@ -181,6 +184,8 @@ def test_unlearning(
         frozen = ~mask[name] if name in mask.shapes else None
         if frozen is not None and "precision" not in run:
             assert torch.equal(there[name][frozen], weight[frozen])
+    if not any(name in str(options) for name in WAITING):
+        assert not modules[1].waits
 
 
 def test_dense_unlearning_and_finetuning(tiny_model: str) -> None:
@@ -251,6 +256,26 @@ def test_a_micro_batch_of_attribution_waits(tiny_model: str, options: dict[str, 
         device.trainer(callbacks=[LastBatch()]).fit(module, rows)
     waits, to_host = counts[-1]
     assert not waits and to_host <= 16
+
+
+def test_sums_on_the_host_take_the_gradients_alone(tiny_model: str) -> None:
+    counts = []
+
+    class LastBatch(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            device.COUNTS.reset()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            counts.append(device.COUNTS.to_host)
+
+    lm = load_model(tiny_model, torch.float32)
+    weights = sum(parameter.numel() for parameter in lm.parameters())
+    with device.counting():
+        options = {"score": "forget_retain_ratio", "sums": "host"}
+        module = AttributionModule(device.on_device(lm), density=0.2, **options)
+        device.trainer(callbacks=[LastBatch()]).fit(module, data())
+    gradients = 2 * 4 * weights  # of both streams
+    assert counts == [gradients + 16]  # and the two losses, and whether they are finite
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
