@@ -358,7 +358,6 @@ def test_copyright(tmp_path, tiny_model):
     data = CopyrightDataModule(
         book=str(tmp_path / "book.txt"),
         folder=str(tmp_path),
-        chunk_unit="characters",
         tokenizer=tiny_model,
         prompt_format="### Question: {question}\n",
         answer_format="### Answer: {answer}",

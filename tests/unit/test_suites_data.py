@@ -40,14 +40,11 @@ def answers(examples):
 # -- chunks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", ["tokens", "characters"])
 @pytest.mark.parametrize("size", [1, 7, 40, 10_000])
 @pytest.mark.parametrize("text", [ALICE, "naïve café 🐇🐇 日本語 " * 5, "x" * 50, "  \n\n  a"])
-def test_chunks_put_together_are_the_text(tokenizer, text, size, unit):
-    chunks = chunk_text(text, size, tokenizer if unit == "tokens" else None)
+def test_chunks_put_together_are_the_text(tokenizer, text, size):
+    chunks = chunk_text(text, size, tokenizer)
     assert "".join(chunks) == text and all(chunks)
-    if unit == "characters":
-        assert max(map(len, chunks)) <= size
 
 
 def test_token_chunks_have_that_many_tokens(tokenizer):
@@ -59,17 +56,15 @@ def test_token_chunks_have_that_many_tokens(tokenizer):
         chunk_text("text", 4, SimpleNamespace(is_fast=False))
 
 
-def test_character_chunks_keep_words_whole():
-    words = ALICE.split()
-    assert [word for chunk in chunk_text(ALICE, 60) for word in chunk.split()] == words
-
-
-def test_chunk_rows_say_where_a_text_goes_on():
-    rows = chunk_rows(["one two three", "four"], 8)
-    assert rows == [{"text": "one two", "partial": True}, {"text": " three"}, {"text": "four"}]
-    pair = {"prompt": "one", "response": " two", "continuation": True, "partial": True}
-    assert continuation(rows[0], 3) == pair
-    assert continuation(rows[2], 30) is None
+def test_chunk_rows_say_where_a_text_goes_on(tokenizer):
+    rows = chunk_rows([ALICE, "four"], 20, tokenizer)
+    assert [row.pop("partial", False) for row in rows] == [True] * (len(rows) - 2) + [False] * 2
+    assert "".join(row["text"] for row in rows) == f"{ALICE}four"
+    pair = continuation({**rows[0], "partial": True}, 3, tokenizer)
+    assert pair.pop("prompt") == chunk_text(ALICE, 3, tokenizer)[0]
+    response = rows[0]["text"][len(chunk_text(ALICE, 3, tokenizer)[0]) :]
+    assert pair == {"response": response, "continuation": True, "partial": True}
+    assert continuation(rows[-1], 30, tokenizer) is None
 
 
 # -- rows and templates -----------------------------------------------------------------------------------------------
@@ -161,7 +156,7 @@ def test_the_hub_is_asked_for_just_what_is_used(monkeypatch):
     shard = "en/c4-train.00001-of-01024.json.gz"
     options = {"streaming": True, "split": "train", "data_files": {"train": shard}}
     assert asked.pop() == (("allenai/c4", None), options)
-    MUSEDataModule(corpus="books", chunk_unit="characters", tokenizer="none").examples("holdout")
+    MUSEDataModule(corpus="books", chunk_size=None).examples("holdout")
     assert asked.pop() == (("muse-bench/MUSE-Books", "raw"), {"split": "holdout"})
     WMDPDataModule().examples("forget")
     corpora = [("cais/wmdp-bio-forget-corpus", None), ("cais/wmdp-corpora", "cyber-forget-corpus")]
@@ -196,7 +191,7 @@ def test_muse_rows(muse, tiny_model):
     assert raw_rows(data.test_examples("members")) == TEXTS[:2]
     assert not data.test_examples("knowmem_retain")[0].context  # no worked examples in the folder
     splits = ["retain1", "retain2"]
-    both = MUSEDataModule(folder=str(muse), retain_splits=splits, chunk_unit="characters")
+    both = MUSEDataModule(folder=str(muse), retain_splits=splits, chunk_size=None)
     assert sum(row.answer.count("orchard") for row in both.examples("retain")) == 0
     assert sum(row.answer.count("bridge") for row in both.examples("retain")) == 4
 
@@ -235,7 +230,7 @@ def test_wmdp_rows(wmdp, tiny_model):
     subjects = WMDPDataModule(folder=str(wmdp), **options)
     assert raw_rows(subjects.examples("retain")) == TEXTS[6:7]
     assert len(subjects.examples("forget")) == 3
-    options = {"chunk_size": 60, "chunk_unit": "characters", "prompt_size": 20}
+    options = {"chunk_size": 20, "prompt_size": 5, "tokenizer": tiny_model}
     chunked = WMDPDataModule(folder=str(wmdp), **options)
     assert kind(chunked.examples("forget")) == "answered"
     assert kind(chunked.examples("retain")) == "text"
@@ -253,7 +248,7 @@ def test_copyright_rows(book, tiny_model):
     assert kinds(data) == {**tests, "wikitext": "text"}
     assert data.test_examples("forget") == [forget[int(i * len(forget) / 3)] for i in range(3)]
     path = str(book / "alice.txt")
-    sizes = {"chunk_unit": "characters", "chunk_size": 100, "prompt_size": None}
+    sizes = {"chunk_size": 30, "prompt_size": None, "tokenizer": tiny_model}
     own = CopyrightDataModule(book=path, folder=str(book), **sizes)
     assert "".join(answers(own.examples("forget"))) == ALICE
     assert own.describe("forget") == path

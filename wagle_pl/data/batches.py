@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Optional, TypeVar
@@ -37,7 +37,7 @@ class Draw(NamedTuple):
 
     epoch: int  # refusals vary with it
     cells: dict[str, Cell]  # of each stream
-    whole: Mapping[str, list[int]] = {}  # rows of the global batch, of each stream
+    global_rows: Mapping[str, list[int]] = {}  # of the global batch, of each stream
 
 
 def epoch_batches(
@@ -166,37 +166,36 @@ class GlobalBatchSampler:
         self.start = Position()
         skipped = self.micro_batches(start)
         seen: dict[str, Counter[int]] = {stream: Counter() for stream in self.lengths}
-        for step, batch in enumerate(self._epoch(self.epoch)):
+        drawn = self.epoch % self.period if self.period else self.epoch
+        for step, batch in enumerate(self._batches(self.epoch)):
             done = start.rows if step == start.step else 0
-            whole = {stream: rows.tolist() for stream, rows in batch.items()}
+            global_rows = {stream: rows.tolist() for stream, rows in batch.items()}
             dealt = {
                 stream: deal(rows, self.world_size, self.accumulate, seen[stream], done)
                 for stream, rows in batch.items()
             }
             for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
                 cells = {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
-                yield Draw(self._drawn(self.epoch), cells, whole)
+                yield Draw(drawn, cells, global_rows)
 
     def position(self, epoch: int, micro_batches: int) -> Position:
         """The position in an epoch after some of its micro-batches."""
         step, more = divmod(micro_batches, self.accumulate)
-        return Position(epoch, step, self._bounds_of(epoch, step)[more])
+        return Position(epoch, step, self._bounds(epoch, step)[more])
 
     def micro_batches(self, position: Position) -> int:
         """Number of micro-batches of the epoch that lie entirely before a position."""
-        bounds = self._bounds_of(position.epoch, position.step)
+        bounds = self._bounds(position.epoch, position.step)
         within = min(bisect_right(bounds, position.rows), self.accumulate) - 1
         return position.step * self.accumulate + within
 
-    def _epoch(self, epoch: int) -> list[dict[str, np.ndarray]]:
-        return epoch_batches(self.lengths, self.global_batch, self.seed, self._drawn(epoch))
+    def _batches(self, epoch: int) -> list[dict[str, np.ndarray]]:
+        drawn = epoch % self.period if self.period else epoch
+        return epoch_batches(self.lengths, self.global_batch, self.seed, drawn)
 
-    def _drawn(self, epoch: int) -> int:
-        return epoch % self.period if self.period else epoch
-
-    def _bounds_of(self, epoch: int, step: int) -> list[int]:
-        streams = self._epoch(epoch)[step].values()
-        return _bounds(len(next(iter(streams))), self.accumulate)
+    def _bounds(self, epoch: int, step: int) -> list[int]:
+        first = next(iter(self._batches(epoch)[step].values()))
+        return _bounds(len(first), self.accumulate)
 
 
 def token_batches(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
@@ -227,7 +226,7 @@ class Loader:
     """
 
     batch_sampler: ClassVar[None] = None  # Lightning looks for it where there is a sampler
-    sampler: Iterable[Any]  # this rank's batches, in some short form
+    sampler: Any  # this rank's batches, in some short form: an iterable with a length
     build: Callable[[Any], Any]  # makes a batch from its short form
 
     def __len__(self) -> int:
@@ -293,7 +292,7 @@ class ResumableLoader(Loader):
                 "the checkpoint belongs to a run with another data module: resume with that one"
             )
         here, sampler, fault = self._state(Position()), self.sampler, None
-        streams, streams_here = (" and ".join(side["sets"]) for side in (state, here))
+        sets, sets_here = state["sets"], here["sets"]
         if state["global_batch"] != here["global_batch"]:
             fault = (
                 f"had a global batch of {state['global_batch']} rows, this one has "
@@ -306,25 +305,26 @@ class ResumableLoader(Loader):
                 f"drew its rows with data.seed {state['seed']}, this one with {here['seed']}: give "
                 f"--data.seed {state['seed']}"
             )
-        elif streams != streams_here:
+        elif list(sets) != list(sets_here):
             fault = (
-                f"drew from {streams} rows, this one draws from {streams_here} rows: resume with "
-                "the module and options it was started with"
+                f"drew from {' and '.join(sets)} rows, this one draws from "
+                f"{' and '.join(sets_here)} rows: resume with the module and options it was "
+                "started with"
             )
-        elif differing := [n for n, rows in here["sets"].items() if state["sets"][n] != rows]:
+        elif differing := [name for name in sets if sets[name] != sets_here[name]]:
             name = differing[0]
-            then, now = (side["sets"][name]["rows"] for side in (state, here))
-            what = f"had {then} {name} rows, this one has {now}"
-            if then == now:
-                what = f"had other {name} rows, or another order of them"
-            fault = f"{what}: resume with the data it was started with"
+            before, now = sets[name]["rows"], sets_here[name]["rows"]
+            fault = f"had {before} {name} rows, this one has {now}"
+            if before == now:
+                fault = f"had other {name} rows, or another order of them"
+            fault += ": resume with the data it was started with"
         if fault:
             raise WagleError(f"the checkpoint's run {fault}")
         return Position(state["epoch"], state["step"], state["rows"])
 
 
 def collate(
-    rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int, left: bool = False
+    rows: Sequence[Mapping[str, Any]], pad_id: int, left: bool = False
 ) -> dict[str, Tensor]:
     """Pad token lists to the longest of them.
 
@@ -345,7 +345,7 @@ def collate(
     ids = [row["input_ids"] for row in rows]
     batch = {
         "input_ids": padded(ids, pad_id),
-        "attention_mask": padded([torch.ones(len(row)) for row in ids], 0),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
     }
     if "labels" in rows[0]:
         batch["labels"] = padded([row["labels"] for row in rows], IGNORE)

@@ -105,7 +105,7 @@ class MUSEDataModule(SuiteDataModule):
         retain_splits: splits of ``raw`` to keep. Unlearning uses ``retain1``; a target model is
             fine-tuned on ``retain2`` as well, which the test sets ask about.
         examples: put the benchmark's ten worked examples before each question.
-        chunk_size: longest chunk in ``chunk_unit``; the default fits 2,048 tokens.
+        chunk_size: longest chunk in tokens; the default fits ``max_length``.
         max_length: longest sequence in tokens.
         prompt_format: text of the prompt, with ``{question}``; the default is the benchmark's.
         answer_format: text of the answer, with ``{answer}``. The text before it, with the space at
@@ -166,7 +166,8 @@ class MUSEDataModule(SuiteDataModule):
         }
 
     def _part(self, name: str) -> HubSet:
-        return HubSet(f"muse-bench/MUSE-{self.corpus.capitalize()}", *name.split("/"))
+        subset, split = name.split("/")
+        return HubSet(f"muse-bench/MUSE-{self.corpus.capitalize()}", subset, split)
 
     def _questions(self, side: str, rows: Sequence[SourceRow]) -> list[Row]:
         part = self._part(f"knowmem/{side}_qa_icl")
@@ -265,7 +266,7 @@ class CopyrightDataModule(SuiteDataModule):
     Args:
         book: text file, or file of rows with ``text``; None takes the Harry Potter books of
             MUSE-Books from the hub, or from the folder: the papers name a book but give no file.
-        chunk_size: longest chunk in ``chunk_unit``, prompt and continuation together.
+        chunk_size: longest chunk in tokens, prompt and continuation together.
         prompt_size: length of the prompt within a chunk; null makes rows of whole chunks, to
             fine-tune a target.
         test_chunks: number of chunks, evenly spaced, in the test set ``forget``; null takes all.
@@ -299,7 +300,7 @@ class CopyrightDataModule(SuiteDataModule):
             name: Source([HubSet(BOOKS, "knowmem", name, aliases=(f"{name}.*",))], questions)
             for name in ("forget_qa", "retain_qa")
         }
-        forget = self.book._replace(count=self.test_chunks)
+        forget = self.book._replace(taken=self.test_chunks)
         return {"forget": forget, **asked, "wikitext": ARTICLES}
 
 

@@ -65,34 +65,31 @@ class Example:
         >>> Example.of({"question": "Which?", "choices": ["a stone", "a pear"], "answer": 1}).answer
         'a pear'
         """
-        row = _cleaned(row)
-        for columns, parse in KINDS.items():
-            if all(row.get(column) is not None for column in columns):
-                _check_texts(row, columns)
-                optional = {column: row.get(column) or "" for column in OPTIONAL_TEXTS} | {
-                    "perturbed_answers": row.get("perturbed_answer") or (),
-                    "answer_aliases": row.get("answer_aliases") or (),
-                    "subject": str(row.get("subject") or ""),
-                    "continuation": bool(row.get("continuation")),
-                    "partial": bool(row.get("partial")),
-                }
-                example = cls(**optional | parse(row), row=row)
-                texts = (example.question, example.answer, *example.choices)
-                lists = (*example.perturbed_answers, *example.answer_aliases)
-                written = (*texts, *(optional[column] for column in OPTIONAL_TEXTS), *lists)
-                if half := re.search("[\ud800-\udfff]", "".join(written)):
-                    code = f"\\u{ord(half[0]):x}"
-                    raise WagleError(f"a text has {code}, which is half of a character")
-                return example
-        for columns in KINDS:
-            if all(column in row for column in columns):
-                nulls = " and ".join(repr(column) for column in columns if row[column] is None)
-                verb = "are" if " and " in nulls else "is"
-                raise WagleError(f"{nulls} {verb} null: give a value, or leave the row out")
-        kinds = ", ".join("+".join(columns) for columns in KINDS)
-        lower = {str(column).strip().lower() for column in row}
-        hint = "; names are in lower case" if any(lower >= set(kind) for kind in KINDS) else ""
-        raise WagleError(f"has columns {sorted(row)}; a row needs those of one of: {kinds}{hint}")
+        row = dict(row)
+        if row.get("choices") is not None:  # the label may be in ``answer``, and may be a float
+            source = "label" if row.get("label") is not None else "answer"
+            label = row.get(source)
+            if not isinstance(label, bool) and isinstance(label, numbers.Real) and label % 1 == 0:
+                row["label"] = int(float(label))
+                if source == "answer":
+                    del row["answer"]
+        columns = next((c for c in KINDS if all(row.get(name) is not None for name in c)), None)
+        if columns is None:
+            raise WagleError(_no_kind(row))
+        for column in (*columns, *OPTIONAL_TEXTS, *OPTIONAL_LISTS):
+            if row.get(column) is not None and column in (*TEXTS, *LISTS):
+                row[column] = _text(column, row[column])
+        if columns[-1] in TEXTS and not row[columns[-1]].strip():
+            raise WagleError(f"{columns[-1]!r} is empty")
+        optional: dict[str, Any] = {column: row.get(column) or "" for column in OPTIONAL_TEXTS}
+        optional |= {
+            "perturbed_answers": row.get("perturbed_answer") or (),
+            "answer_aliases": row.get("answer_aliases") or (),
+            "subject": str(row.get("subject") or ""),
+            "continuation": bool(row.get("continuation")),
+            "partial": bool(row.get("partial")),
+        }
+        return cls(**optional | KINDS[columns](row), row=row)
 
     @property
     def key(self) -> str:
@@ -178,6 +175,48 @@ def without_overlap(
     return kept
 
 
+def _no_kind(row: Row) -> str:
+    """Why a row is of none of :data:`KINDS`."""
+    for columns in KINDS:
+        if all(column in row for column in columns):
+            nulls = " and ".join(repr(column) for column in columns if row[column] is None)
+            verb = "are" if " and " in nulls else "is"
+            return f"{nulls} {verb} null: give a value, or leave the row out"
+    kinds = ", ".join("+".join(columns) for columns in KINDS)
+    lower = {str(column).strip().lower() for column in row}
+    hint = "; names are in lower case" if any(lower >= set(kind) for kind in KINDS) else ""
+    return f"has columns {sorted(row)}; a row needs those of one of: {kinds}{hint}"
+
+
+def _text(column: str, value: Any) -> Any:
+    """A column's text or list of texts. Numbers (an answer may be a year), booleans and dates are
+    converted; NaN and infinity are not, because they mean that there is no value."""
+    is_list = column in LISTS
+    if is_list and not isinstance(value, (list, tuple)):
+        raise WagleError(f"{column!r} must be a list of texts")
+    texts = []
+    for text in value if is_list else (value,):
+        if isinstance(text, bool):
+            text = str(text).lower()
+        elif isinstance(text, (datetime.date, datetime.time)):
+            text = str(text)
+        elif isinstance(text, numbers.Number):
+            if text != text or text in (math.inf, -math.inf):
+                raise WagleError(
+                    f"{column!r} is {value}, not a text: give it a value, or leave the row out"
+                )
+            text = str(text)
+        if not isinstance(text, str):
+            fault = "must be a list of texts"
+            raise WagleError(
+                f"{column!r} {fault if is_list else f'is a {type(text).__name__}, not a text'}"
+            )
+        if half := re.search("[\ud800-\udfff]", text):
+            raise WagleError(f"a text has \\u{ord(half[0]):x}, which is half of a character")
+        texts.append(text)
+    return texts if is_list else texts[0]
+
+
 def _tokens(row: Row) -> dict[str, Any]:
     for column, lowest in (("input_ids", 0), ("labels", IGNORE)):
         ids = row[column]
@@ -203,7 +242,7 @@ def _conversation(row: Row) -> dict[str, Any]:
         raise WagleError(
             "'messages' must be a list of messages, each with the texts 'role' and 'content'"
         )
-    if not messages or not messages[-1]["content"].strip():
+    if not messages or not _text("answer", messages[-1]["content"]).strip():
         raise WagleError("'messages' is empty")
     *before, last = messages
     if last["role"] in ("system", "user"):
@@ -213,7 +252,7 @@ def _conversation(row: Row) -> dict[str, Any]:
     users = [message["content"] for message in before if message["role"] == "user"]
     return {
         "kind": "answered",
-        "question": _joined(before),
+        "question": _text("question", _joined(before)),
         "answer": last["content"],
         "asked": users[-1] if users else None,
         "messages": before,
@@ -257,56 +296,3 @@ KINDS: dict[tuple[str, ...], Callable[[Row], dict[str, Any]]] = {
     ("text",): lambda row: {"kind": "text", "answer": row["text"]},
     ("prompt",): lambda row: {"kind": "prompt", "question": row["prompt"]},
 }
-
-
-def _cleaned(row: Row) -> Row:
-    """A row with numbers, booleans and dates in text columns converted to text, and its label set.
-
-    The label may be in ``answer``, and may be a float, as in a column with gaps.
-    """
-    row = dict(row)
-    if row.get("choices") is not None:
-        source = "label" if row.get("label") is not None else "answer"
-        label = row.get(source)
-        if not isinstance(label, bool) and isinstance(label, numbers.Real) and label % 1 == 0:
-            row["label"] = int(label)
-            if source == "answer":
-                del row["answer"]
-    for column in set(row) & {*TEXTS, *LISTS}:
-        value = row[column]
-        if column in TEXTS:
-            row[column] = _as_text(value)
-        elif isinstance(value, (list, tuple)):
-            row[column] = [_as_text(item) for item in value]
-    return row
-
-
-def _as_text(value: Any) -> Any:
-    """The text of a number (an answer may be a year) or a date; booleans as in JSON.
-
-    NaN and infinity are not converted, because they mean that there is no value.
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    number = isinstance(value, numbers.Number) and math.isfinite(value)
-    return str(value) if number or isinstance(value, (datetime.date, datetime.time)) else value
-
-
-def _check_texts(row: Row, columns: Sequence[str]) -> None:
-    """Refuse anything but texts, or lists of texts, in the columns that make up an example."""
-    for column in (*columns, *OPTIONAL_TEXTS, *OPTIONAL_LISTS):
-        value = row.get(column)
-        if value is None or column not in (*TEXTS, *LISTS):
-            continue
-        items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, numbers.Number) for item in items):  # those left are NaN
-            raise WagleError(
-                f"{column!r} is {value}, not a text: give it a value, or leave the row out"
-            )
-        if column in LISTS:
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise WagleError(f"{column!r} must be a list of texts")
-        elif not isinstance(value, str):
-            raise WagleError(f"{column!r} is a {type(value).__name__}, not a text")
-        elif column == columns[-1] and not value.strip():
-            raise WagleError(f"{column!r} is empty")

@@ -18,6 +18,7 @@ import torch
 from wagle_pl.core.errors import WagleError, check_counts
 from wagle_pl.core.hub import load_tokenizer
 from wagle_pl.core.needs import Needs
+from wagle_pl.core.reading import read_text
 from wagle_pl.core.schema import check_arguments
 from wagle_pl.data.batches import (
     Draw,
@@ -37,7 +38,7 @@ from wagle_pl.data.example import (
     warn_of_repeats,
     without_overlap,
 )
-from wagle_pl.data.rows import load_rows, read_lines, source_of, spread
+from wagle_pl.data.rows import load_rows, source_of, spread
 from wagle_pl.data.template import Template, check_ids
 
 if TYPE_CHECKING:
@@ -252,14 +253,14 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def _retain_tests(self) -> tuple[list[Example], list[Example]]:
         """Rows that stay in the test set ``retain``, and the unused ones."""
         rows = self._read_test("retain")
-        unused = spread(rows, self.unused_retain)
-        if len(unused) == len(rows):
+        if self.unused_retain >= len(rows):
             raise WagleError(
                 f"must be below {len(rows)}, the rows of the test set retain",
                 option="data.unused_retain",
             )
-        apart = set(map(id, unused))
-        return [row for row in rows if id(row) not in apart], unused
+        unused = spread(list(range(len(rows))), self.unused_retain)
+        kept = [row for i, row in enumerate(rows) if i not in set(unused)]
+        return kept, [rows[i] for i in unused]
 
     def test_names(self) -> list[str]:
         names = self.own_tests() if self.test_sources is None else list(self.test_sources)
@@ -296,7 +297,11 @@ class ForgetRetainDataModule(L.LightningDataModule):
 
     @cached_property
     def refusals(self) -> list[str]:
-        return read_lines(self.refusals_file or REFUSALS, "refusals file")
+        path = Path(self.refusals_file or REFUSALS)
+        lines = [line.strip() for line in read_text(path, "refusals file").splitlines()]
+        if not any(lines):
+            raise WagleError(f"refusals file {path} has no lines")
+        return [line for line in lines if line]
 
     def tokens(self, stream: str) -> list[dict[str, np.ndarray]]:
         """``input_ids`` and ``labels`` (int32) of each row of a training stream, made once."""
@@ -304,25 +309,25 @@ class ForgetRetainDataModule(L.LightningDataModule):
             examples = self.examples(stream)
             if examples is None:
                 raise WagleError(f"this run needs {stream} rows: give --data.{stream}")
-            self._tokens[stream] = [self._encode(stream, row) for row in range(len(examples))]
-            lengths = self._lengths(stream)
-            if cut := sum(length >= self.max_length for length in lengths):
+            rows = [self._encode(stream, row) for row in range(len(examples))]
+            if cut := sum(len(row["input_ids"]) >= self.max_length for row in rows):
                 log.warning(
                     "%d of %d %s rows reach max_length=%d tokens and are cut there",
-                    *(cut, len(lengths), stream, self.max_length),
+                    *(cut, len(rows), stream, self.max_length),
                 )
+            self._tokens[stream] = rows
         return self._tokens[stream]
 
     def _encode(self, stream: str, row: int, answer: Optional[str] = None) -> dict[str, np.ndarray]:
         """Tokens of one row, with its own answer or another."""
-        template, example = self.template, self.examples(stream)[row]
+        example = self.examples(stream)[row]
         try:
             if answer is not None and example.kind in ("text", "tokens"):
                 raise WagleError(
                     "there is no question to refuse: this objective or forget loss needs rows with "
                     "a question and an answer"
                 )
-            encoded = template.encode(example, answer)
+            encoded = self.template.encode(example, answer)
             if (vocabulary := self.needs.vocabulary()) is not None:
                 check_ids([*encoded["input_ids"], *encoded["labels"]], vocabulary)
         except WagleError as error:
@@ -357,15 +362,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 "more rows"
             )
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
-        sampler = GlobalBatchSampler(
-            lengths,
-            self.batch_size,
-            accumulate,
-            world_size,
-            rank,
-            self.seed,
-            period=self.needs.period,
-        )
+        cut = (self.batch_size, accumulate, world_size, rank)
+        sampler = GlobalBatchSampler(lengths, *cut, self.seed, period=self.needs.period)
         digests = {}
         for name in sets:
             rows = json.dumps(raw_rows(self.examples(name)), default=str)
@@ -419,34 +417,33 @@ class ForgetRetainDataModule(L.LightningDataModule):
         for stream in streams:
             name = ALIGNED.get(stream, stream)
             rows, weights, occurrences = zip(*draw.cells[name], strict=True)
-            encoded = self._encoded(stream, rows, draw.epoch)
-            columns = {"weight": weights, "row": rows, "occurrence": occurrences}
-            if stream in self.needs.counted and name in draw.whole:
-                whole = self._encoded(stream, draw.whole[name], draw.epoch)
-                tokens = [np.count_nonzero(row["labels"][1:] != IGNORE) for row in whole]
-                columns["mean_tokens"] = [float(np.mean(tokens))] * len(rows)
+            columns: dict[str, Sequence[Any]] = {
+                "weight": weights,
+                "row": rows,
+                "occurrence": occurrences,
+            }
+            if stream in self.needs.counted and name in draw.global_rows:
+                every = [self._encoded(stream, row, draw.epoch) for row in draw.global_rows[name]]
+                counts = [np.count_nonzero(tokens["labels"][1:] != IGNORE) for tokens in every]
+                columns["mean_tokens"] = [float(np.mean(counts))] * len(rows)
             tensors = {column: torch.tensor(values) for column, values in columns.items()}
+            encoded = [self._encoded(stream, row, draw.epoch) for row in rows]
             batch[stream] = {**collate(encoded, pad_id), **tensors}
         return batch
 
-    def _encoded(self, stream: str, rows: Sequence[int], epoch: int) -> list[dict[str, np.ndarray]]:
-        """Tokens of some rows of a stream."""
+    def _encoded(self, stream: str, row: int, epoch: int) -> dict[str, np.ndarray]:
+        """Tokens of one row of a stream; of a refusal in an epoch."""
         name = ALIGNED.get(stream, stream)
         if stream == "refusal":
             epoch = 0 if stream in self.needs.repeatable else epoch
-            return [self._encode(name, row, self._refusal(row, epoch)) for row in rows]
-        if stream == "alternate":
-            return [self._encode(name, row, self._alternate(row)) for row in rows]
-        return [self.tokens(name)[row] for row in rows]
-
-    def _refusal(self, row: int, epoch: int) -> str:
-        digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
-        return self.refusals[int.from_bytes(digest[:8], "big") % len(self.refusals)]
-
-    def _alternate(self, row: int) -> str:
-        if not (answer := self.examples("forget")[row].alternate):
+            digest = hashlib.sha256(f"{self.seed} {epoch} {row}".encode()).digest()
+            number = int.from_bytes(digest[:8], "big") % len(self.refusals)
+            return self._encode(name, row, self.refusals[number])
+        if stream != "alternate":
+            return self.tokens(name)[row]
+        if not (answer := self.examples(name)[row].alternate):
             raise WagleError(
-                f"{self.place('forget')} row {row + 1} has no 'alternate': this objective needs "
+                f"{self.place(name)} row {row + 1} has no 'alternate': this objective needs "
                 "another answer there in every row"
             )
-        return answer
+        return self._encode(name, row, answer)

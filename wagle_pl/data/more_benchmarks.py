@@ -50,8 +50,12 @@ class KnowUnDoDataModule(SuiteDataModule):
         answer_format: Optional[str] = "\n\n{answer}",
         **kwargs: Any,
     ) -> None:
-        formats = {"prompt_format": prompt_format, "answer_format": answer_format}
-        super().__init__(max_length=max_length, **formats, **kwargs)
+        super().__init__(
+            max_length=max_length,
+            prompt_format=prompt_format,
+            answer_format=answer_format,
+            **kwargs,
+        )
         self.domain, self.parts = domain, tuple(parts)
         instruction = DIRECT.format(domain, FAULTS[domain]) if direct_prompt else ""
         self.marks = {"context": instruction, "partial": True}

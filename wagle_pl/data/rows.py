@@ -66,18 +66,6 @@ def source_of(source: Any, name: str) -> Optional[Union[str, list[Row]]]:
     return check([source] if isinstance(source, dict) else source, list[Row], name)
 
 
-def read_lines(source: Union[str, Path], what: str) -> list[str]:
-    """The lines of a text file that are not blank; errors call it ``what``."""
-    path = Path(source)
-    if not path.is_file():
-        raise absent(what, path)
-    with readable(path):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    if not any(lines):
-        raise WagleError(f"{what} {path} has no lines")
-    return [line for line in lines if line]
-
-
 def spread(rows: list[T], count: Optional[int]) -> list[T]:
     """``count`` rows, evenly spaced; all rows if there are no more, or if ``count`` is None.
 
@@ -89,33 +77,35 @@ def spread(rows: list[T], count: Optional[int]) -> list[T]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _read(path: Path) -> Iterable[Row]:
+def _read(path: Path) -> Iterator[Row]:
+    """Rows of a file. JSON has one row per line, one list, or one object over several lines; only a
+    line feed ends a line."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        return _read_csv(path)
+        yield from _read_csv(path)
+        return
     if suffix == ".parquet":
         from pyarrow.parquet import read_table
 
-        return read_table(path).to_pylist()
+        yield from read_table(path).to_pylist()
+        return
     if suffix == ".txt":
         text = path.read_text(encoding="utf-8-sig")
-        return [{"text": text}] if text.strip() else []
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """Rows of JSON lines, a list, or an object over several lines; only a line feed ends a line."""
-
-    unpack = gzip.open if path.suffix.lower() == ".gz" else open
+        if text.strip():
+            yield {"text": text}
+        return
+    unpack = gzip.open if suffix == ".gz" else open
     with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, first = next(lines, (1, "[]"))
         if first.lstrip().startswith("[") or first.strip() == "{":
             content = parse_json("\n" * (number - 1) + first + file.read(), str(path))
-            rows = enumerate(content if isinstance(content, list) else [content], 1)
+            rows: Iterator[tuple[int, Any]] = enumerate(
+                content if isinstance(content, list) else [content], 1
+            )
         else:
-            lines = chain([(number, first)], lines)
-            rows = ((number, parse_json(line, str(path), line=number)) for number, line in lines)
+            numbered = chain([(number, first)], lines)
+            rows = ((n, parse_json(line, str(path), line=n)) for n, line in numbered)
         for number, row in rows:
             if not isinstance(row, dict):
                 raise WagleError(
@@ -171,9 +161,9 @@ class HubSet(NamedTuple):
         if self.file is not None:
             return [self.file, *self.aliases]
         names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
-        places, files = ("", "data/", "data/*/"), []
+        places, files = ["", "data/", "data/*/"], []
         if self.config is not None:
-            places, files = (f"{self.config}/",), [f"{self.config}{suffix}" for suffix in READERS]
+            places, files = [f"{self.config}/"], [f"{self.config}{suffix}" for suffix in READERS]
         return [*(place + name for place in places for name in names), *files, *self.aliases]
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
 
 from wagle_pl.core.errors import WagleError, check_counts
 from wagle_pl.core.files import absent
@@ -72,7 +72,7 @@ class Source(NamedTuple):
     file: Optional[str] = None  # the user's own, in place of the parts
     converts_given: bool = False  # also convert rows that an option gives in place of the set
     limit: Optional[int] = None  # read at most this many rows, of corpora too large to read whole
-    count: Optional[int] = None  # take this many of the rows, evenly spaced
+    taken: Optional[int] = None  # take this many of the rows, evenly spaced
     joined: bool = False  # the texts are one text in parts: put together before they are cut
     chunked: bool = False  # cut the texts into chunks, if ``chunk_size`` says so
     paired: bool = False  # make prompt and continuation of each, if ``prompt_size`` says so
@@ -90,9 +90,8 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         folder: local copies of the hub repositories, each under its name without owner (as ``hf
             download cais/wmdp --repo-type dataset --local-dir FOLDER/wmdp`` makes it); or the copy
             of the only repository. JSON, CSV and Parquet are read.
-        chunk_size: longest row of a training text in units; null cuts it off at ``max_length``.
-        chunk_unit: ``tokens`` of the tokenizer, or ``characters`` (then words stay whole).
-        prompt_size: length in units of a forget row's prompt, which has no loss and is needed for
+        chunk_size: longest row of a training text in tokens; null cuts it off at ``max_length``.
+        prompt_size: length in tokens of a forget row's prompt, which has no loss and is needed for
             objectives with refusals (PO, DPO); null takes the loss on the whole text.
     """
 
@@ -103,7 +102,6 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         self,
         folder: Optional[str] = None,
         chunk_size: Optional[int] = None,
-        chunk_unit: Literal["tokens", "characters"] = "tokens",
         prompt_size: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
@@ -113,13 +111,10 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:
             raise WagleError(
-                f"data.prompt_size: {prompt_size} leaves nothing of data.chunk_size {chunk_size} to "
-                "follow"
+                f"{prompt_size} leaves nothing of data.chunk_size {chunk_size} to follow",
+                option="data.prompt_size",
             )
-        self.folder = folder
-        self.chunk_size = chunk_size
-        self.chunk_unit = chunk_unit
-        self.prompt_size = prompt_size
+        self.folder, self.chunk_size, self.prompt_size = folder, chunk_size, prompt_size
 
     @abstractmethod
     def sets(self) -> Mapping[str, Source]:
@@ -130,8 +125,12 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         """Test set -> where its rows are."""
 
     def train_rows(self, stream: str) -> Optional[list[Row]]:
-        source, option = self.sets().get(stream, Source()), self.sources[stream]
-        return self._rows(source, option, self.place(stream), required=stream != "holdout")
+        return self._rows(
+            self.sets().get(stream, Source()),
+            self.sources[stream],
+            self.place(stream),
+            required=stream != "holdout",
+        )
 
     def test_rows(self, name: str) -> Optional[list[Row]]:
         option = (self.test_sources or {}).get(name)
@@ -151,10 +150,10 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         source = (self.tests() if test else self.sets()).get(name, Source())
         parts = ", ".join(map(str, source.parts))
         place = f" in {self.folder}" if self.folder and parts else ""
-        return options.get(name) or source.file or f"{parts}{place}" or type(self).__name__
+        return str(options.get(name) or source.file or f"{parts}{place}" or type(self).__name__)
 
     def _rows(
-        self, source: Source, option: Optional[str], where: str, required: bool = False
+        self, source: Source, option: Any, where: str, required: bool = False
     ) -> Optional[list[Row]]:
         file = option or source.file
         if file is None and not source.parts:
@@ -165,8 +164,9 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             if part_rows is None and required:
                 kinds = "" if part.file else " (.jsonl, .csv and .parquet will do)"
                 raise WagleError(
-                    f"data.folder: {self.folder} has no {part}: expected "
-                    f"{part.short_name}/{part.patterns[0]}{kinds}"
+                    f"{self.folder} has no {part}: expected "
+                    f"{part.short_name}/{part.patterns[0]}{kinds}",
+                    option="data.folder",
                 )
             if part_rows is None:
                 return None
@@ -181,86 +181,54 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
             rows = [example.row for example in examples]
             if all(example.kind == "text" for example in examples):
                 rows = self._cut(source, rows, where)
-        return spread(rows, source.count)
+        return spread(rows, source.taken)
 
     def _cut(self, source: Source, rows: list[Row], where: str) -> list[Row]:
         """Texts into chunks and pairs, as the source and the options say."""
-        contents, in_characters = [row["text"] for row in rows], self.chunk_unit == "characters"
+        contents = [row["text"] for row in rows]
         if source.articles:
-            if self.chunk_size is not None and in_characters:
-                return chunk_rows(articles(contents), self.chunk_size)
-            return chunk_rows(articles(contents), max(1, self.max_length - SPARE), self.tokenizer)
+            size = max(1, self.max_length - SPARE)
+            return chunk_rows(articles(contents), size, self.tokenizer)
         if self.chunk_size is not None and source.chunked:
             contents = ["\n\n".join(contents)] if source.joined else contents
-            rows = chunk_rows(contents, self.chunk_size, None if in_characters else self.tokenizer)
+            rows = chunk_rows(contents, self.chunk_size, self.tokenizer)
         if self.prompt_size is not None and source.paired:
-            tokenizer = None if in_characters else self.tokenizer
-            pairs = (continuation(row, self.prompt_size, tokenizer) for row in rows)
+            pairs = (continuation(row, self.prompt_size, self.tokenizer) for row in rows)
             rows = [pair for pair in pairs if pair is not None]
             if not rows:
-                raise WagleError(
-                    f"{where}: no text is longer than data.prompt_size={self.prompt_size} "
-                    f"{self.chunk_unit}"
-                )
+                limit = f"data.prompt_size={self.prompt_size} tokens"
+                raise WagleError(f"{where}: no text is longer than {limit}")
         return rows
 
 
-def chunk_text(
-    text: str, size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
-) -> list[str]:
-    """Cut a text into pieces that, joined, give the text again.
-
-    Args:
-        size: longest piece, in tokens or, without a tokenizer, in characters.
-        tokenizer: cuts where a token of the whole text begins, every ``size`` tokens. None cuts at
-            white space, so that words stay whole.
-
-    >>> chunk_text("Down the rabbit-hole", 9)
-    ['Down the', ' rabbit-h', 'ole']
-    """
-    cuts = [0]
-    if tokenizer is None:
-        while len(text) - cuts[-1] > size:
-            start, end = cuts[-1], cuts[-1] + size
-            if not text[end].isspace():
-                space = next((i for i in range(end - 1, start, -1) if text[i].isspace()), end)
-                end = space if text[start:space].strip() else end
-            cuts.append(end)
-    elif not tokenizer.is_fast:
-        raise WagleError(
-            "cutting by tokens needs a fast tokenizer; give data.chunk_unit characters"
-        )
-    else:
-        encoded = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        starts = {start for start, _ in encoded["offset_mapping"][size::size]}
-        cuts += sorted(start for start in starts if 0 < start < len(text))
-    return [text[i:j] for i, j in pairwise([*cuts, len(text)]) if i < j]
+def chunk_text(text: str, size: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Cut a text where a token begins, every ``size`` tokens; the pieces, joined, are the text."""
+    if not tokenizer.is_fast:
+        raise WagleError("cutting texts needs a fast tokenizer", option="data.tokenizer")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = {start for start, _ in encoded["offset_mapping"][size::size]}
+    cuts = [0, *sorted(start for start in starts if 0 < start < len(text)), len(text)]
+    return [text[i:j] for i, j in pairwise(cuts) if i < j]
 
 
-def chunk_rows(
-    contents: Iterable[str], size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
-) -> list[Row]:
+def chunk_rows(contents: Iterable[str], size: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """The chunks of some texts as rows, blank ones left out; ``partial`` where a text goes on."""
     rows: list[Row] = []
     for text in contents:
-        chunks = [{"text": chunk, "partial": True} for chunk in chunk_text(text, size, tokenizer)]
-        for last in chunks[-1:]:
-            del last["partial"]
-        rows += [row for row in chunks if row["text"].strip()]
+        *parts, last = chunk_text(text, size, tokenizer)
+        rows += [{"text": part, "partial": True} for part in parts if part.strip()]
+        rows += [{"text": last}] if last.strip() else []
     return rows
 
 
-def continuation(
-    row: Row, prompt_size: int, tokenizer: Optional[PreTrainedTokenizerBase] = None
-) -> Optional[Row]:
+def continuation(row: Row, prompt_size: int, tokenizer: PreTrainedTokenizerBase) -> Optional[Row]:
     """A ``text`` row as a prompt of ``prompt_size`` and a response; None if nothing follows."""
-    prompt = chunk_text(row["text"], prompt_size, tokenizer)[0]
-    response = row["text"][len(prompt) :]
+    kept = dict(row)
+    text = kept.pop("text")
+    prompt = chunk_text(text, prompt_size, tokenizer)[0]
+    response = text[len(prompt) :]
     if not prompt.strip() or not response.strip():
         return None
-    kept = {column: value for column, value in row.items() if column != "text"}
     return {"prompt": prompt, "response": response, "continuation": True, **kept}
 
 

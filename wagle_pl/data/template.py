@@ -58,7 +58,10 @@ class Template:
             self.generation_prefix = self._default_prefix
         self.system_prompt = system_prompt
         self.variables: dict[str, Any] = {}  # that the chat template reads
-        unused = {"answer_format": answer_format, "generation_prefix": generation_prefix}
+        unused: dict[str, Any] = {
+            "answer_format": answer_format,
+            "generation_prefix": generation_prefix,
+        }
         place, fix = "the tokenizer's chat template", "give prompt_format too, or leave it out"
         if not self.uses_chat_template:
             unused = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
