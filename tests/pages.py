@@ -13,7 +13,7 @@ import torch
 
 from wagle_pl.evaluation.results import write_json, write_table
 from wagle_pl.evaluation.suites import TOFUSuite
-from wagle_pl.lab.commands import report
+from wagle_pl.lab.study.report.page import report
 from wagle_pl.masks import WeightMask
 
 VOID = {"img", "meta", "wbr"}

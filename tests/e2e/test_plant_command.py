@@ -66,7 +66,7 @@ def test_from_start_to_finish(plant, tiny_model, capsys):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"plants": {"mlp": 1}}, "--plants: 'mlp' is no mask file, and none of random, block"),
+        ({"plants": {"mlp": 1}}, "--plants: must be of random, block, heads, spread, got 'mlp'"),
         ({"scores": ["dense"]}, "scores: dense is no score"),
         ({"scores": [{"score": "snip", "density": 0.1}]}, "the density of the plant"),
     ],

@@ -16,9 +16,9 @@ from wagle_pl.cli.app import run as real_run
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.people import bundled
 from wagle_pl.evaluation.results import load_table
-from wagle_pl.lab.study import Study
 from wagle_pl.lab.study.grid import passes
 from wagle_pl.lab.study.runs import LOCK_FILE, RunTable, locked
+from wagle_pl.lab.study.study import Study
 from wagle_pl.lab.study.text import markdown
 
 approx = pytest.approx

@@ -90,16 +90,6 @@ def test_a_study(study, report):
     assert "The study keeps no masks" in part.text
 
 
-def test_a_measure_that_a_study_has_not(study, report):
-    root, _ = report("study", forget="forget/probability", utility="model_utility")
-    assert section(root, "study-0")
-    for option, own in (("forget", "forget/probability"), ("utility", "model_utility")):
-        message = f"--{option}: 'nonsense' is no measure of what is reported; choose one of {own}"
-        with pytest.raises(WagleError, match=message):
-            report("study", **{option: "nonsense", "output": "other.html"})
-    assert not Path("other.html").exists()
-
-
 def test_a_young_study_beside_a_run(runs, report, study):
     os.remove("study/study.json")
     WeightMask.load("mask.safetensors").save("study/masks/one")

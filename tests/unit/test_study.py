@@ -9,7 +9,6 @@ from jsonargparse import Namespace
 from scipy import integrate, interpolate, stats
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lab.study import envelope, mean_utility, paired, utility_at
 from wagle_pl.lab.study.grid import Grid, middle_first, passes, read_masks, read_objectives
 from wagle_pl.lab.study.recovery import HALF, at_the_level, tables
 from wagle_pl.lab.study.runs import steps_of_tests
@@ -19,8 +18,12 @@ from wagle_pl.lab.study.summary import (
     Paired,
     Spread,
     at_equal_steps,
+    envelope,
+    mean_utility,
+    paired,
     spread,
     summarise,
+    utility_at,
     verdict,
 )
 from wagle_pl.lab.study.text import cells, markdown

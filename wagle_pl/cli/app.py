@@ -51,11 +51,11 @@ COMMANDS = {
     "forget": "wagle_pl.cli.tools:forget_rows",
     "mask": "wagle_pl.cli.mask:VERBS",
     "patch": "wagle_pl.cli.tools:PATCH",
-    "plan": "wagle_pl.lab.commands:plan",
-    "plant": "wagle_pl.lab.study.commands:plant",
+    "plan": "wagle_pl.lab.planning:plan",
+    "plant": "wagle_pl.lab.study.plants:plant",
     "quickstart": "wagle_pl.cli.quickstart:quickstart",
-    "report": "wagle_pl.lab.commands:report",
-    "study": "wagle_pl.lab.study.commands:study",
+    "report": "wagle_pl.lab.study.report.page:report",
+    "study": "wagle_pl.lab.study.study:study",
 }
 
 

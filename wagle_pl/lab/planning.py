@@ -1,4 +1,4 @@
-"""Memory, disk and work of a run, from a model's shapes alone: no weights are read, nothing is run.
+"""``wagle plan``: memory and disk of a run from a model's shapes alone; nothing is loaded or run.
 
 A run passes through *moments*, each of which needs its own parts (:class:`Part`); its peak is the
 largest sum of a moment's parts. Formulas are in bytes, for one device, with
@@ -12,15 +12,16 @@ largest sum of a moment's parts. Formulas are in bytes, for one device, with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, NamedTuple, Optional
 
 from wagle_pl.attribution import hessian as hessians
-from wagle_pl.attribution.sums import BLOCK, Sums, runs_of
+from wagle_pl.attribution.sums import Sums, runs_of
 from wagle_pl.core.errors import WagleError, check_counts, check_density
 from wagle_pl.core.schema import check_arguments
+from wagle_pl.core.text import fields, table
 from wagle_pl.lm.inference import CHUNK
 from wagle_pl.masks.names import layer_of
 from wagle_pl.unlearning.optim import STATE_BYTES
@@ -32,6 +33,7 @@ CPU_OVERHEAD = 600 << 20  # of interpreter and libraries in a process: measured
 KEPT = 96 << 20  # of freed memory that the C library does not give back, on a CPU: measured
 GPU_OVERHEAD = 1 << 30  # of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured
 USABLE = 0.92  # share of a GPU's memory that plans use; the rest is left to fragmentation
+COUNTS = (1, 2, 4, 8)  # of devices for which plans are shown
 
 MOMENTS = LOAD, FORWARD, BACKWARD, STEP, END = "load", "forward", "backward", "step", "end"
 RUNNING = MOMENTS[1:]
@@ -76,10 +78,6 @@ class Architecture(NamedTuple):
     def weights(self) -> int:
         return sum(self.sizes)
 
-    @property
-    def largest(self) -> int:
-        return max(self.sizes)
-
 
 def architecture(name: str) -> Architecture:
     """The architecture of a model: a hub id, folder in Hugging Face format, or GGUF file."""
@@ -121,7 +119,27 @@ def architecture(name: str) -> Architecture:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run; options without a comment are those of ``wagle plan``, which documents them."""
+    """A run.
+
+    Args:
+        task: attribution, unlearning, finetuning or test.
+        strategy: auto (one device, or DDP), ddp, zero1, zero2, zero3, zero3_offload, or Lightning's
+            names for them.
+        devices: number of devices, over all machines.
+        precision: as trainer.precision: 32-true, bf16-mixed, bf16-true, 16-mixed or 16-true.
+        accelerator: gpu, or cpu (a device is then a process).
+        density: share of weights in the mask; 1 means no mask.
+        estimator: a Hessian estimate; None where the Hessian is a scalar.
+        diagonal: whether attribution keeps the diagonal, and not only its mean.
+        sums: for attribution, as model.sums: device, host or passes=K.
+        optimizer: MaskedAdamW, AdamW, AdamW8bit (two 8-bit moments) or SGD.
+        batch_size: rows, or pairs of rows, per device and micro-batch.
+        max_length: tokens per row, padding included.
+        accumulate_grad_batches: micro-batches per step.
+        gradient_checkpointing: recompute activations in the backward pass.
+        frozen_copy: whether the objective keeps a copy of the model before unlearning (KL, UNDIAL,
+            hidden states).
+    """
 
     task: Literal["attribution", "unlearning", "finetuning", "test"] = "unlearning"
     strategy: Literal[tuple(STAGES)] = "auto"  # type: ignore[valid-type]
@@ -129,9 +147,8 @@ class PlannedRun:
     precision: Literal[tuple(PRECISIONS)] = "bf16-true"  # type: ignore[valid-type]
     accelerator: Literal["gpu", "cpu"] = "gpu"
     density: float = 0.2
-    #: A class of :mod:`wagle_pl.attribution.hessian`; None where the Hessian is a scalar.
     estimator: Optional[Any] = None
-    diagonal: bool = False  # attribution keeps the diagonal, and not only its mean
+    diagonal: bool = False
     sums: str = "device"
     optimizer: Literal[tuple(STATE_BYTES)] = "MaskedAdamW"  # type: ignore[valid-type]
     batch_size: int = 1
@@ -145,16 +162,11 @@ class PlannedRun:
         counts = ("devices", "batch_size", "max_length", "accumulate_grad_batches")
         check_counts("", **{name: getattr(self, name) for name in counts})
         check_density(self.density)
-        run = (self.precision, self.stage, self.devices, self.estimator, self.in_sums)
+        run = (self.precision, self.stage, self.devices, self.estimator, Sums.parse(self.sums))
         if self.task == "attribution":
             hessians.check_run(*run)
         if self.stage == 3 and self.frozen_copy:
             raise WagleError("does not work under ZeRO-3; choose another", option="frozen_copy")
-
-    @property
-    def in_sums(self) -> Sums:
-        sums = Sums.parse(self.sums)
-        return sums if self.task == "attribution" else Sums()
 
     @property
     def stage(self) -> int:
@@ -171,11 +183,6 @@ class PlannedRun:
         return PRECISIONS[self.precision][bool(self.stage)]
 
     @property
-    def computing(self) -> int:
-        """Bytes c of each input and output of a matrix product."""
-        return PRECISIONS[self.precision][1]
-
-    @property
     def masked(self) -> bool:
         return self.task == "unlearning" and self.density < 1
 
@@ -184,14 +191,11 @@ class PlannedRun:
         return self.density if self.masked else 1.0
 
     @property
-    def by_term(self) -> bool:
-        """Whether the gradients of the objective's terms are computed one after the other."""
-        return self.strategy == "auto" and not self.precision.startswith("16")
-
-    @property
     def streams(self) -> int:
-        """Streams of a batch whose graphs exist together."""
-        return 2 if self.task == "unlearning" and not self.by_term else 1
+        """Streams of a batch whose graphs exist together: one where the gradients of the
+        objective's terms are computed one after the other."""
+        by_term = self.strategy == "auto" and not self.precision.startswith("16")
+        return 2 if self.task == "unlearning" and not by_term else 1
 
 
 # -- formulas --------------------------------------------------------------------------------------
@@ -205,10 +209,8 @@ def block_bytes(model: Architecture, c: int) -> int:
     gated MLP keeps gate, its activation, up and their product (one without a gate: two). Derived
     like Korthikanti et al. 2022 (arXiv 2205.05198), for the Llama block.
     """
-    attention = 4 * model.attention * c + FP32 * model.heads
-    return (
-        2 * model.hidden * (FP32 + 2 * c) + attention + (4 if model.gated else 2) * model.inner * c
-    )
+    norms, attention = 2 * model.hidden * (FP32 + 2 * c), 4 * model.attention * c
+    return norms + attention + FP32 * model.heads + (4 if model.gated else 2) * model.inner * c
 
 
 def activation_bytes(model: Architecture, tokens: int, c: int, checkpointing: bool = False) -> int:
@@ -234,119 +236,105 @@ def sums_per_weight(run: PlannedRun) -> int:
     return FP32 * (2 + run.diagonal + (run.estimator.step_sums if run.estimator else 0))
 
 
-def _attribution(model: Architecture, run: PlannedRun) -> list[Part]:
+def _attribution(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     """Only one tensor has a gradient at a time (two gradients if it is embedding and output
-    matrix), converted to fp32 if it is narrower; several ranks add it up in a copy. Scoring a block
-    takes five tensors of its size. ``passes=K``: sums are of the largest group of parameters."""
-    w, m, ranks, gpu = run.width, model.largest, run.devices, run.accelerator == "gpu"
-    host, passes = run.in_sums
-    gradient = (2 if model.tied else 1) * w * m
+    matrix), converted to fp32 if it is narrower; several ranks add it up in a copy. ``passes=K``:
+    sums are of the largest group of parameters."""
+    n, m, w, ranks, gpu = *_sizes(model, run), run.devices, run.accelerator == "gpu"
+    host, passes = Sums.parse(run.sums)
+    share = max(sum(model.sizes[i] for i in group) for group in runs_of(model.sizes, passes))
+    where = "host" if host else "device"
+    yield Part("sums of gradients", sums_per_weight(run) * share / ranks, RUNNING, where)
+    gradient: float = (2 if model.tied else 1) * w * m
     gradient += FP32 * m * ((w < FP32 and (ranks > 1 or not host)) + (ranks > 1) * (1 + 1 / ranks))
-    share = max(sum(model.sizes[i] for i in run_) for run_ in runs_of(model.sizes, passes)) / ranks
-    moved = (w if ranks == 1 else FP32 / ranks) * m if host and gpu else 0
+    gradient += (w if ranks == 1 else FP32 / ranks) * m * (host and gpu)
+    yield Part("gradient of one tensor", gradient, (BACKWARD,))
     ddp = run.stage == 0 and ranks > 1 and gpu  # on a CPU, untouched memory takes no room
+    yield Part("buckets of DDP, unused", n * w * ddp)
     temporaries = run.estimator.temporaries if run.estimator else 0
-    when = RUNNING[:-1] if passes > 1 else RUNNING
-    return [
-        Part("sums of gradients", sums_per_weight(run) * share, when, "host" if host else "device"),
-        Part("gradient of one tensor", gradient + moved, (BACKWARD,)),
-        Part("scores of one tensor", FP32 * (m / ranks + 5 * min(BLOCK, m / ranks)), (END,)),
-        Part("buckets of DDP, unused", model.weights * w * ddp),
-        Part("tensors of the Hessian estimate", temporaries * model.weights * w, (BACKWARD,)),
-    ]
+    yield Part("tensors of the Hessian estimate", temporaries * n * w, (BACKWARD,))
 
 
-def _training(model: Architecture, run: PlannedRun) -> list[Part]:
+def _training(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     """Values, their places, gradients and optimiser state of the weights that move. Only the
     selected entries of a tensor's gradient are kept; under ZeRO-3 places are bits."""
-    n, m, w, moving = model.weights, model.largest, run.width, run.moving
-    s, stage, ddp = n * moving, run.stage, run.devices > 1
-    place = FP32 if run.masked and stage < 3 else 0
-    bits = n / 8 / run.devices if run.masked and stage == 3 else 0
-    copy = w if run.frozen_copy else 0
-    parts = [
-        Part("mask bits", bits, MOMENTS),
-        Part("places of the values", place * s, MOMENTS),
-        Part("values at θ₀", copy * s, MOMENTS),
-        Part("one tensor at θ₀", copy * m * run.masked, (FORWARD,)),
-        Part("export", n * model.stored * (stage < 3 and model.stored != w), (END,)),
-    ]
-    if stage:
-        return [*parts, *_zero(model, run)]
-    apart = run.task == "unlearning" and run.by_term and run.accumulate_grad_batches > 1
+    n, m, w = _sizes(model, run)
+    s, copy = n * run.moving, w if run.frozen_copy else 0
+    bits = n / 8 / run.devices if run.masked and run.stage == 3 else 0
+    yield Part("mask bits", bits, MOMENTS)
+    yield Part("places of the values", FP32 * s * (run.masked and run.stage < 3), MOMENTS)
+    yield Part("values at θ₀", copy * s, MOMENTS)
+    yield Part("one tensor at θ₀", copy * m * run.masked, (FORWARD,))
+    written = model.stored != w and run.stage < 3  # in another type than it is computed with
+    yield Part("export", n * model.stored * written, (END,))
+    if run.stage:
+        yield from _zero(model, run)
+        return
     values = run.masked or w < FP32  # apart from the weights
-    fused = run.optimizer != "AdamW" or run.accelerator == "cpu"  # torch's makes one fp32 copy
-    return [
-        *parts,
-        Part("values", FP32 * s * values, MOMENTS),
-        Part("gradients", FP32 * s),
-        Part("gradient of one tensor", w * m * (values or model.tied), (BACKWARD,)),
-        Part("gradient of a term", FP32 * s * apart, (BACKWARD,)),
-        Part("optimiser state", STATE_BYTES[run.optimizer] * s),
-        Part("step", 0 if fused else FP32 * s, (STEP,)),
-        Part("buckets of DDP", FP32 * s * ddp),
-    ]
+    terms = run.task == "unlearning" and run.streams == 1 and run.accumulate_grad_batches > 1
+    copied = run.optimizer == "AdamW" and run.accelerator == "gpu"  # torch's makes one fp32 copy
+    yield Part("values", FP32 * s * values, MOMENTS)
+    yield Part("gradients", FP32 * s)
+    yield Part("gradient of one tensor", w * m * (values or model.tied), (BACKWARD,))
+    yield Part("gradient of a term", FP32 * s * terms, (BACKWARD,))
+    yield Part("optimiser state", STATE_BYTES[run.optimizer] * s)
+    yield Part("step", FP32 * s * copied, (STEP,))
+    yield Part("buckets of DDP", FP32 * s * (run.devices > 1))
 
 
-def _zero(model: Architecture, run: PlannedRun) -> list[Part]:
+def _zero(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     """ZeRO's flat partitions, in fp32 even if the values are, and its buckets.
 
     Stage 3 keeps the tensors into which values were written, with their bits, in the graph of each
     stream; with checkpointing, those of one block and of the output matrix. Under stages 1 and 2
-    two buckets take turns, and the other gradients exist until the last reduction. Over several
-    micro-batches stage 1 keeps whole gradients, stage 2 a rank's share.
+    two buckets take turns. Over several micro-batches stage 1 keeps whole gradients, stage 2 a
+    rank's share.
     """
-    n, m, w, s = model.weights, model.largest, run.width, model.weights * run.moving
-    share, sharded, gpu = s / run.devices, run.stage == 3, run.accelerator == "gpu"
-    where = "host" if run.offload else "device"
+    n, m, w = _sizes(model, run)
+    s, sharded, gpu = n * run.moving, run.stage == 3, run.accelerator == "gpu"
+    share, where = s / run.devices, "host" if run.offload else "device"
     bucket, turns = min(BUCKET, s), 1 if sharded or not (gpu or s > BUCKET) else 2
     temporary = FP32 * share if run.optimizer == "AdamW" and gpu else 0
-    parts = [
-        Part("fp32 values", FP32 * share, MOMENTS, where),
-        Part("optimiser state", STATE_BYTES[run.optimizer] * share, RUNNING, where),
-        Part("buckets", w * bucket * turns, RUNNING if sharded else (BACKWARD,)),
-        Part("bucket being reduced", w * bucket * (1 + (sharded and not gpu)), (BACKWARD,)),
-        Part("gradients of the step", FP32 * share, (STEP,), where),
-        Part("step", temporary if sharded else max(temporary, w * share), (STEP,), where),
-        Part("values", w * (share if sharded else s) * run.masked, MOMENTS),
-    ]
+    yield Part("fp32 values", FP32 * share, MOMENTS, where)
+    yield Part("optimiser state", STATE_BYTES[run.optimizer] * share, RUNNING, where)
+    yield Part("values", w * (share if sharded else s) * run.masked, MOMENTS)
+    yield Part("buckets", w * bucket * turns, RUNNING if sharded else (BACKWARD,))
+    yield Part("bucket being reduced", w * bucket * (1 + (sharded and not gpu)), (BACKWARD,))
+    yield Part("gradients of the step", FP32 * share, (STEP,), where)
+    yield Part("step", temporary if sharded else max(temporary, w * share), (STEP,), where)
     if sharded:
-        at_once = run.streams * n
+        at_once: float = run.streams * n
         if run.gradient_checkpointing:
             at_once = n / model.layers + run.streams * m
-        written = (w + 1 / 8) * at_once * run.masked
-        parts.append(Part("weights with values", written, (FORWARD, BACKWARD)))
-        return [*parts, Part("gradients", w * share, RUNNING, where)]
+        yield Part("weights with values", (w + 1 / 8) * at_once * run.masked, (FORWARD, BACKWARD))
+        yield Part("gradients", w * share, RUNNING, where)
+        return
     kept = w * (s if run.stage == 1 else share) * (run.accumulate_grad_batches > 1)
-    overflow = w * m * (s > BUCKET and not run.masked)
-    return [
-        *parts,
-        Part("gradients so far", kept, (FORWARD, BACKWARD)),
-        Part("gradients", w * (s - bucket) / run.devices + overflow, (BACKWARD,), where),
-    ]
+    yield Part("gradients so far", kept, (FORWARD, BACKWARD))
+    yield Part("gradients", w * (s - bucket) / run.devices, (BACKWARD,), where)
 
 
-def _passes(model: Architecture, run: PlannedRun) -> list[Part]:
+def _passes(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     """Activations and logits of the graphs that exist together; in a test, those of one block, and
     the cache of a generation as long as the rows. A Gauss–Newton draw goes backward twice through
     the same graph (not under ZeRO-3), so its activations are kept during the first."""
-    tokens, c = run.batch_size * run.max_length, run.computing
+    tokens, c, testing = run.batch_size * run.max_length, PRECISIONS[run.precision][1], False
     if run.task == "test":
-        return [
-            Part("activations", block_bytes(model, c) * tokens, (FORWARD,)),
-            Part("logits", logit_bytes(model, tokens, c), (FORWARD,)),
-            Part("cache of a generation", 2 * model.layers * model.keys * tokens * c, (FORWARD,)),
-        ]
+        testing, activations = True, block_bytes(model, c) * tokens
+    else:
+        rows = (tokens * run.streams, c, run.gradient_checkpointing)
+        activations = activation_bytes(model, *rows)
     again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
     when = (FORWARD, BACKWARD) if again else (FORWARD,)
-    activations = activation_bytes(model, tokens * run.streams, c, run.gradient_checkpointing)
-    logits = logit_bytes(model, tokens, c, run.streams, run.stage == 3)
-    narrow = model.weights * c * (run.width > c)
-    return [
-        Part("activations", activations, when),
-        Part("logits", logits, when),
-        Part("narrow copies of the weights", narrow, (FORWARD,)),
-    ]
+    sharded = run.stage == 3 and not testing
+    yield Part("activations", activations, when)
+    yield Part("logits", logit_bytes(model, tokens, c, run.streams, sharded), when)
+    yield Part("cache of a generation", 2 * model.layers * model.keys * tokens * c * testing, when)
+    yield Part("narrow copies", model.weights * c * (run.width > c and not testing), (FORWARD,))
+
+
+def _sizes(model: Architecture, run: PlannedRun) -> tuple[int, int, int]:
+    return model.weights, max(model.sizes), run.width
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -354,22 +342,18 @@ def _passes(model: Architecture, run: PlannedRun) -> list[Part]:
 
 def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
     """All parts of a run's memory, on the device and on the host."""
-    n, w, gpu = model.weights, run.width, run.accelerator == "gpu"
+    n, _, w = _sizes(model, run)
     parts = [Part("CUDA, cuBLAS, NCCL", GPU_OVERHEAD, MOMENTS)]
-    if not gpu:
+    if run.accelerator == "cpu":
         libraries = Part("interpreter and libraries", CPU_OVERHEAD, MOMENTS)
-        parts = [libraries, Part("freed memory that is kept", KEPT, RUNNING)]
-    if run.stage < 3:
-        parts.append(Part("weights", n * w, MOMENTS))
-    else:
-        where = "host" if run.offload else "device"
-        parts.append(Part("weights", n * w / run.devices, MOMENTS, where))
-        parts.append(Part("weights brought together", min(n, LIVE) * w, (FORWARD, BACKWARD)))
-    if run.task == "attribution":
-        parts += _attribution(model, run)
-    elif run.task != "test":
-        parts += _training(model, run)
-    return [part for part in parts + _passes(model, run) if part.bytes]
+        parts = [libraries, Part("freed memory that is kept", KEPT)]
+    ranks, where = run.devices if run.stage == 3 else 1, "host" if run.offload else "device"
+    parts.append(Part("weights", n * w / ranks, MOMENTS, where if run.stage == 3 else "device"))
+    together = min(n, LIVE) * w * (run.stage == 3)
+    parts.append(Part("weights brought together", together, (FORWARD, BACKWARD)))
+    if run.task != "test":
+        parts += (_attribution if run.task == "attribution" else _training)(model, run)
+    return [part for part in (*parts, *_passes(model, run)) if part.bytes]
 
 
 def device_parts(model: Architecture, run: PlannedRun) -> list[Part]:
@@ -393,7 +377,7 @@ def host_bytes(model: Architecture, run: PlannedRun) -> float:
     """CPU memory of one rank of a run on GPUs: libraries, what is offloaded and, while it is being
     loaded, the model as it is stored (under ZeRO-3 one of its tensors)."""
     parts = [part for part in parts_of(model, run) if part.where == "host"]
-    loading = model.stored * (model.largest if run.stage == 3 else model.weights)
+    loading = model.stored * (max(model.sizes) if run.stage == 3 else model.weights)
     return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))
 
 
@@ -403,18 +387,62 @@ def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, floa
         return {}
     if run.task == "attribution":
         files = {"mask": weights / 8, "checkpoint": FP32 * (2 + run.diagonal) * weights}
-        return files | ({"sums": files["checkpoint"]} if run.in_sums.passes > 1 else {})
+        passes = Sums.parse(run.sums).passes
+        return files | ({"sums": files["checkpoint"]} if passes > 1 else {})
     kept = (FP32 + STATE_BYTES[run.optimizer]) * weights * run.moving
     return {"checkpoint": kept, "model": weights * stored}
 
 
 def choices(
-    run: PlannedRun, devices: Sequence[int] = (1, 2, 4, 8)
-) -> Iterable[tuple[str, list[PlannedRun]]]:
+    run: PlannedRun, devices: Sequence[int] = COUNTS
+) -> Iterator[tuple[str, list[PlannedRun]]]:
     """(strategy, the run under it on each number of devices) for every strategy that works."""
     sharded = ["zero3", "zero3_offload"] if run.accelerator == "gpu" else ["zero3"]
     if run.frozen_copy or (run.estimator is not None and not run.estimator.shardable):
         sharded = []
-    other = replace(run, sums="device" if run.in_sums.passes > 1 else run.sums)
+    other = replace(run, sums="device" if run.sums.startswith("passes") else run.sums)
     for name in ["ddp", "zero1", "zero2", *sharded]:
         yield name, [replace(other, strategy=name, devices=count) for count in devices]
+
+
+def plan(*, model: str, hessian: str = "auto", **options: Any) -> None:
+    """Estimate the memory and disk space of a run from the model's configuration alone.
+
+    Args:
+        model: hub id, folder in Hugging Face format, or GGUF file.
+        hessian: for attribution, as model.hessian: scalar, auto, gauss_newton, fisher, hutchinson,
+            or a class path.
+        **options: the run, see :class:`PlannedRun`.
+    """
+    attributes = options.get("task") == "attribution"
+    estimator = hessians.estimator_of(hessian) if attributes else None
+    diagonal = estimator is not None and hessian != "auto"
+    run = PlannedRun(estimator=estimator, diagonal=diagonal, **options)
+    shape = architecture(model)
+    moment, size = peak(shape, run)
+    about = {
+        "model": f"{model}: {shape.weights:,} weights, {max(shape.sizes):,} in the largest tensor",
+        "run": f"{run.task}, {run.strategy} on {run.devices} x {run.accelerator}, {run.precision}, "
+        f"{run.batch_size} x {run.max_length} tokens per stream",
+        "peak": f"{_gib(size)} GiB, moment: {moment}",
+    }
+    if run.accelerator == "gpu":
+        about["fits"] = f"a GPU of {size / USABLE / GIB:.0f} GiB, with room for fragments"
+        about["CPU memory"] = f"{_gib(host_bytes(shape, run))} GiB per rank"
+    files = disk_bytes(run, shape.weights, shape.stored).items()
+    about["disk"] = ", ".join(f"{name} {_gib(size)} GiB" for name, size in files) or "tables only"
+    unit, parts = (
+        f"GiB per {'GPU' if run.accelerator == 'gpu' else 'process'}",
+        device_parts(shape, run),
+    )
+    rows = [[p.name, *(_gib(p.bytes) if m in p.moments else "" for m in MOMENTS)] for p in parts]
+    rows.append(["total", *(_gib(at(parts, moment)) for moment in MOMENTS)])
+    others = [
+        [name, *(_gib(peak(shape, other)[1]) for other in runs)] for name, runs in choices(run)
+    ]
+    tables = table([unit, *MOMENTS], rows), table([f"peak, {unit}, on", *map(str, COUNTS)], others)
+    print(fields([*about.items()]), *tables, sep="\n\n")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

@@ -45,7 +45,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def definition(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+def definition(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes an object, as plain data: its class and the options given."""
     ours = cls.__module__.startswith("wagle_pl.")  # the same wherever the package keeps it
     name = cls.__qualname__ if ours else f"{cls.__module__}.{cls.__qualname__}"
@@ -202,7 +202,7 @@ def read_objectives(entries: Entries) -> list[ObjectiveChoice]:
         rates = None if rates is None else check_rates(rates)
         choice = ObjectiveChoice("", options, rule, optimizer, rates)
         objective, made = choice.make(), choice.rule()
-        parts = [type(objective)]
+        parts: list[Any] = [type(objective)]
         if made is not None:
             made.check(objective)
             parts.append(type(made))
@@ -226,7 +226,7 @@ def read_masks(entries: Entries) -> list[MaskChoice]:
 
 
 def _read_mask(entry: Entry) -> list[MaskChoice]:
-    options = {"score": entry} if isinstance(entry, str) else dict(entry)
+    options: dict[str, Any] = {"score": entry} if isinstance(entry, str) else dict(entry)
     for key in options:
         if key not in _KEYS:
             raise WagleError(f"masks: unknown key {key!r}; there are {', '.join(_KEYS)}")
@@ -238,10 +238,10 @@ def _read_mask(entry: Entry) -> list[MaskChoice]:
     elif word == "lora":
         options["adapter"] = options.get("adapter", "LoRA")
         del options["score"]
-    kind = next((kind for kind in ("dense", "adapter", "file") if kind in options), "score")
-    if kind not in options:
-        raise WagleError(f"masks: {dict(entry)} names no mask: give score, adapter or file")
-    what = options.pop(kind)
+    kind: Any = next((key for key in ("dense", "adapter", "file") if key in options), "score")
+    what = options.pop(kind, None)
+    if what is None:
+        raise WagleError(f"masks: {entry} names no mask: give score, adapter or file")
     if kind == "score":
         return _score_masks(name, what, options, rates)
     if options:

@@ -24,28 +24,29 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from wagle_pl.attribution import AttributionModule, MaskSpec
+from wagle_pl.attribution import MaskSpec
 from wagle_pl.attribution.scoring import Collected
 from wagle_pl.attribution.selection import Ranking, exact_count, order_keys
 from wagle_pl.core.distributed import stable_seed
-from wagle_pl.core.environment import silence
+from wagle_pl.core.environment import prepare_libraries, silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.needs import Needs
 from wagle_pl.core.registry import Entry
 from wagle_pl.core.text import count, markdown_table, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
-from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Options
 from wagle_pl.lab.study import grid
 from wagle_pl.lab.study.numbers import decimals, mean_std
+from wagle_pl.lab.study.references import rows_of
 from wagle_pl.lab.study.report.curves import plants_overview
 from wagle_pl.lab.study.report.figures import save_figure
 from wagle_pl.lab.study.runs import (
     EvaluateAlong,
     RunTable,
     announced,
+    attribute,
     locked,
     make_trainer,
     say,
@@ -77,9 +78,7 @@ Found = tuple[float, float]  # AUROC and precision
 def plant_mask(
     plant: str, amount: float, shapes: Shapes, config: PretrainedConfig, seed: int
 ) -> WeightMask:
-    """``amount`` of one of :data:`KINDS`, drawn with a seed; or the weights of a mask file."""
-    if plant not in KINDS:
-        return WeightMask.load(plant)
+    """``amount`` of one of :data:`KINDS`, drawn with a seed."""
     draw = np.random.default_rng(stable_seed("plant", plant, seed))
     try:
         bools = KINDS[plant](shapes, config, draw, amount)
@@ -170,7 +169,7 @@ def locate(
     masks, names = list(truths.values()), spec.eligible(collected.shapes)
     scores = collected.scores(spec.score, set(names))
     areas = auroc(scores, masks, Ranking(not spec.score.signed, spec.select == "low"))
-    densities = [Fraction(mask.count(), mask.total) for mask in masks]
+    densities: list[Any] = [Fraction(mask.count(), mask.total) for mask in masks]
     specs = [replace(spec, density=density) for density in dict.fromkeys(densities)]
     chosen = {made.density: mask for made, mask in collected.masks(specs, {})}
     located = {}
@@ -201,8 +200,8 @@ class Plants:
         output: folder to write.
         data: the data module: class_path and init_args, or --data CLASS --data.option VALUE.
         plants: where to plant -> how much: random (a share of all weights), block (MLPs of this
-            many blocks), heads (columns of o_proj of this many heads), spread (a share of the
-            neurons of every MLP), or a mask file of the model (any number).
+            many blocks), heads (columns of o_proj of this many heads), or spread (a share of the
+            neurons of every MLP).
         scores: like the masks of a study: a score, or options: score, name, hessian and other
             options of attribution.
         seeds: random seeds of the choice of weights and of the order of rows.
@@ -236,9 +235,9 @@ class Plants:
         refuse_existing(self.folder, overwrite=True, kind="files")  # it continues in its folder
         self._choices = grid.read_masks([_without_density(entry) for entry in self.scores])
         for plant in self.plants:
-            if plant not in KINDS and not Path(plant).is_file():
+            if plant not in KINDS:
                 kinds = ", ".join(KINDS)
-                raise WagleError(f"--plants: {plant!r} is no mask file, and none of {kinds}")
+                raise WagleError(f"must be of {kinds}, got {plant!r}", option="--plants")
         self._module, self._tests = grid.read_module(self.module or {})
         self._trainer = partial(make_trainer, self.folder, grid.read_trainer(self.trainer or {}))
         self.data = copy.copy(self.data)
@@ -250,15 +249,11 @@ class Plants:
             lm = models.load_model(self.model, torch.bfloat16)
             shapes, base = parameter_shapes(lm), fingerprint(lm)
             truths = {
-                (f"{plant}-{amount:g}" if plant in KINDS else Path(plant).stem, seed): plant_mask(
-                    plant, amount, shapes, lm.config, seed
-                )
+                (f"{plant}-{amount:g}", seed): plant_mask(plant, amount, shapes, lm.config, seed)
                 for seed in self.seeds  # balanced if it is stopped early
                 for plant, amount in self.plants.items()
             }
             del lm
-            for mask in truths.values():
-                mask.check(shapes, base)
             self.data.needs = Needs(tokenizer=lambda: models.load_tokenizer(self.model))
             self.table = RunTable(self.folder, self._settings(base), TABLE_FILE, COLUMNS)
             done = self.table.finished()
@@ -287,8 +282,7 @@ class Plants:
         names = ("recall", "lr", "steps", "points", "retain_weight")
         return {
             "model": base,
-            **{f"{n}_rows": grid.digest(raw_rows(data.examples(n))) for n in ("forget", "retain")},
-            "template": grid.digest(data.template.identity()),
+            **rows_of(data),
             "batch_size": data.batch_size,
             "scores": {choice.name: choice.definition for choice in self._choices},
             **{name: getattr(self, name) for name in names},
@@ -340,16 +334,13 @@ class Plants:
 
     def _locate(self, model: str, truths: Mapping[Key, WeightMask]) -> dict[tuple[str, Key], Found]:
         """(name of a score, plant) -> how well it finds the plant in the weights of a model."""
-        results = {}
-        for options, choices in grid.passes(self._choices):
-            specs = [choice.spec(str(number)) for number, choice in enumerate(choices)]
-            module = AttributionModule(model=model, masks=specs, **options)
-            with silence():
-                trainer = self._trainer(max_epochs=1, gradient_clip_val=None)
-                trainer.fit(module, copy.copy(self.data))
-            for choice, spec in zip(choices, module.specs, strict=True):
+        results: dict[tuple[str, Key], Found] = {}
+        numbered = {str(number): choice for number, choice in enumerate(self._choices)}
+        for _, module in attribute(model, numbered, self._trainer, self.data):
+            for spec in module.specs:
                 located = locate(module.collected, spec, truths)
-                results |= {(choice.name, key): numbers for key, numbers in located.items()}
+                name = numbered[spec.name].name
+                results |= {(name, key): numbers for key, numbers in located.items()}
         return results
 
 
@@ -405,7 +396,9 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def overview(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, scores × plants: AUROC, and precision as a multiple of chance."""
-    plants, rows, total = {}, {}, Counter()
+    plants: dict[str, str] = {}
+    rows: dict[str, dict[str, str]] = {}
+    total: Counter[str] = Counter()
     for entry in entries:
         score, auroc = entry["score"], entry["auroc"].mean
         plants[entry["plant"]], total[score] = "–", total[score] + auroc
@@ -448,3 +441,9 @@ def shown(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 
     header = ["score", "AUROC", "before", "difference", "p", "precision", "enrichment", "before"]
     return header, list(map(cells, entries))
+
+
+def plant(**options: Any) -> None:
+    """Plant the unfinished part, then write which scores find the planted weights."""
+    prepare_libraries()
+    Plants(**options).run()

@@ -126,7 +126,7 @@ def at_the_level(
         ended, dense = _ends(mine, last), dense_of.get(objective)
         theirs = {} if dense in (None, (objective, mask)) else _ends(best[dense], last)
         for column in columns:
-            entry = {"objective": objective, "mask": mask}
+            entry: dict[str, Any] = {"objective": objective, "mask": mask}
             entry |= {"measure": column.measure, "what": column.what}
             entry |= _compared(column, ended, theirs, column.of(retrained))
             entry |= {"target": column.of(by.target), "retrained": column.of(retrained)}
@@ -162,10 +162,10 @@ def _compared(
     )
     both = sorted(ours.keys() & dense.keys())
     test = paired(*([worth(of[seed]) for seed in both] for of in (ours, dense)))
-    samples = (spread([worth(value) for value in of.values()]) for of in (ours, dense))
     word = NEVER
     if ended:
-        word = verdict(test, 1, *samples, len(ended), len(theirs)) if theirs else ""
+        arm, other = (spread([worth(value) for value in of.values()]) for of in (ours, dense))
+        word = verdict(test, 1, arm, other, len(ended), len(theirs)) if theirs else ""
     return {
         **spread(list(ours.values()))._asdict(),
         "seeds": len(ended),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
@@ -16,15 +17,18 @@ from typing import Any, Literal, Optional
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from wagle_pl.attribution import AttributionModule
 from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.outputs import Planned, hold
+from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluation, Options, Plan
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.records import defined_only
 from wagle_pl.evaluation.results import load_table, table_key, write_table
 from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lab.study import TABLE_FILE
+from wagle_pl.lab.study.grid import MaskChoice, passes
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
@@ -74,6 +78,26 @@ def make_trainer(folder: Path, options: Mapping[str, Any], **overrides: Any) -> 
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+
+
+def attribute(
+    model: str,
+    masks: Mapping[str, MaskChoice],
+    trainer: Callable[..., L.Trainer],
+    data: ForgetRetainDataModule,
+    **options: Any,
+) -> Iterator[tuple[float, AttributionModule]]:
+    """Attribute by masks of some names, in as few passes as possible: seconds and module of each."""
+    names = {id(mask): name for name, mask in masks.items()}
+    run_config = options.pop("run_config", {})
+    for pass_options, choices in passes(list(masks.values())):
+        start, specs = time.monotonic(), [mask.spec(names[id(mask)]) for mask in choices]
+        with silence():
+            module = AttributionModule(model=model, masks=specs, **options, **pass_options)
+            module.run_config = run_config
+            fitter = trainer(max_epochs=1, gradient_clip_val=None)
+            fitter.fit(module, datamodule=copy.copy(data))
+        yield time.monotonic() - start, module
 
 
 @dataclass(eq=False)

@@ -15,30 +15,20 @@ from typing import Any, Optional, Union
 
 import lightning as L
 
-from wagle_pl.attribution import AttributionModule
-from wagle_pl.core.environment import silence
+from wagle_pl.core.environment import prepare_libraries, silence
 from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.needs import Needs
-from wagle_pl.core.registry import option_names
 from wagle_pl.core.text import count
-from wagle_pl.core.weights import parameter_shapes
-from wagle_pl.data.example import raw_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.evaluation import (
-    Evaluation,
-    EvaluationModule,
-    Observations,
-    Options,
-    Results,
-)
-from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks, usable_attacks
+from wagle_pl.evaluation import Observations, Options, Results
+from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks
 from wagle_pl.evaluation.records import defined_only
-from wagle_pl.evaluation.results import read_table, write_json, write_table
-from wagle_pl.evaluation.tofu_result import Table
-from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE, grid, text
+from wagle_pl.evaluation.results import write_json
+from wagle_pl.lab.study import SUMMARY_FILE, grid, text
 from wagle_pl.lab.study.numbers import decimals
 from wagle_pl.lab.study.recovery import at_the_level
+from wagle_pl.lab.study.references import References, attacks_of, rows_of
 from wagle_pl.lab.study.report.curves import study_overview
 from wagle_pl.lab.study.report.figures import save_figure
 from wagle_pl.lab.study.report.studies import mean_curves, recovery_curves
@@ -50,18 +40,19 @@ from wagle_pl.lab.study.runs import (
     UnkeptModule,
     announced,
     as_before_the_end,
+    attribute,
     locked,
     make_trainer,
     say,
 )
 from wagle_pl.lab.study.summary import Compared, summarise
 from wagle_pl.lm import models
-from wagle_pl.lm.module import LanguageModule
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
 
+EXIT_INTERRUPTED = 130  # as in shells: 128 + SIGINT
 FORMAT_VERSION = 2  # 1 had the paths of modules in the ids of runs
 
 
@@ -161,16 +152,16 @@ class Study:
             raise WagleError(f"{message}: leave --generate always out")
         self._attacks, self._every_attack = find_attacks(self.attacks, "--attacks")
         if self._attacks and not self.until_level:
-            raise WagleError(
-                "--attacks: the attacked model is the one that reaches the level: give --until_level"
-            )
+            message = "the attacked model is the one that reaches the level: give --until_level"
+            raise WagleError(message, option="--attacks")
         self._length = {"max_steps": self.steps} if self.steps else {"max_epochs": self.epochs or 5}
         self._optimizer = grid.read_optimizer(self.optimizer)
         self._module, self._tests = grid.read_module(self.module or {})
         self._trainer_options = grid.read_trainer(self.trainer or {})
         self._trainer = partial(make_trainer, self.folder, self._trainer_options)
-        lists = ([n] if isinstance(n, str) else list(n or ()) for n in (self.only, self.join))
-        self.only, self.join = lists
+        for name in ("only", "join"):
+            value = getattr(self, name) or []
+            setattr(self, name, [value] if isinstance(value, str) else list(value))
         names = [choice.name for choice in (*self.grid.objectives, *self.grid.masks)]
         if unknown := [name for name in self.only if name not in names]:
             message = f"--only: no objective or mask is called {unknown[0]!r}"
@@ -179,10 +170,10 @@ class Study:
         #: Results of the retrained model, once it is tested.
         self._retrained = str(self.folder / "retrained") if self.retrained else None
 
-    # -- the whole ---------------------------------------------------------------------------------
+    # -- from start to finish ----------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Run what is not finished, and return what was found (the content of ``study.json``)."""
+        """Run what is not finished; returns the comparison (the content of ``study.json``)."""
         for model in (self.target, self.retrained):
             if model is not None:
                 models.locate(model)
@@ -190,7 +181,6 @@ class Study:
             self._prepare()
             runs = list(self.grid.runs(self.settings))
             self.planned = {run.id for run in runs}
-            self.size = len(runs)
             if self.join:
                 joined = count(self.table.join(self.join), "run")
                 say(f"{joined} taken over from {', '.join(self.join)}")
@@ -207,15 +197,15 @@ class Study:
                     runs = [run for run in runs if getattr(run, kind).name in only]
             finished = self._finished()
             todo = [run for run in runs if run.id not in finished]
-            done = f"{count(self.size, 'run')}, {len(finished)} of them finished"
+            done = f"{count(len(self.planned), 'run')}, {len(finished)} of them finished"
             say(f"{self.folder}: {done}; {len(todo)} to do{self._time_left(len(todo))}")
             if self.hours != 0 and todo:
                 self._make_masks(todo)
             try:
                 self._work(todo)
             except (KeyboardInterrupt, SystemExit):
-                missing = f"{self.size - len(self._finished())} of {self.size} runs are missing"
-                say(f"stopped; the same command continues ({missing})")
+                missing = f"{len(self.planned) - len(self._finished())} of {len(self.planned)}"
+                say(f"stopped; the same command continues ({missing} runs are missing)")
                 raise
             summary = self._write()
             drawings = {"study": mean_curves(summary), **recovery_curves(summary)}
@@ -223,7 +213,7 @@ class Study:
                 if drawing is not None:
                     save_figure(study_overview(*drawing), [self.folder / f"{name}.svg"])
         if summary["headline"]:
-            say(f"\n{text.console(summary)}\n\n{self.folder / 'study.md'} has it as Markdown")
+            say(f"\n{text.markdown(summary)}\n{self.folder / 'study.md'} has the same")
         return summary
 
     def _finished(self) -> set[str]:
@@ -259,11 +249,23 @@ class Study:
         self.data.needs = Needs(tokenizer=lambda: models.load_tokenizer(self.target))
         if self.data.examples("forget") is None:
             raise WagleError("a study needs forget rows: give --data.forget")
+        self.tested = References(
+            self.folder,
+            self._trainer,
+            self.data,
+            {**self._module, **self._tests},
+            self.generate != "never",
+            self._attacks,
+            self._every_attack,
+        )
         fingerprints: dict[str, Optional[str]] = {"retrained": None}
         self.references: dict[str, dict[str, float]] = {"target": {}, "retrained": {}}
         for name, model in (("retrained", self.retrained), ("target", self.target)):
             if model is not None:
-                fingerprints[name], self.references[name] = self._evaluate(name, model)
+                beside = self._retrained if name == "target" else None
+                fingerprints[name], measures = self.tested.test(name, model, beside)
+                self.references[name] = measures
+                say(f"{self.forget} {decimals(measures.get(self.forget))}")
         self.fingerprint = fingerprints["target"]
         self.compared = self._compare_by()
         self.settings = {**fingerprints, **self._settings()}
@@ -280,7 +282,7 @@ class Study:
         elsewhere = ("accelerator", "devices")  # a run is the same on another machine
         return {
             "format_version": FORMAT_VERSION,
-            **self._rows(),
+            **rows_of(data, data.test_names()),
             "refusals": grid.digest(data.refusals),
             "batch_size": data.batch_size,
             "accumulate": self.accumulate,
@@ -292,86 +294,8 @@ class Study:
             "optimizer": grid.definition(optimizer.func, optimizer.keywords),
             "module": {**self._module, **self._tests},
             "trainer": {k: v for k, v in self._trainer_options.items() if k not in elsewhere},
-            **self._attacked_by(),
+            **attacks_of(self._attacks),
         }
-
-    def _rows(self) -> dict[str, Any]:
-        data, names = self.data, self.data.test_names()
-        return {
-            "forget_rows": grid.digest(raw_rows(data.examples("forget"))),
-            "retain_rows": grid.digest(raw_rows(data.examples("retain"))),
-            "template": grid.digest(data.template.identity()),
-            "test_rows": {name: grid.digest(raw_rows(data.test_examples(name))) for name in names},
-        }
-
-    def _attacked_by(self) -> dict[str, Any]:
-        """The attacks, if any, each with those of its options that are not defaults."""
-        attacks = []
-        for attack in self._attacks:
-            usual = vars(type(attack))  # where a dataclass keeps its defaults
-            options = {k: v for k, v in vars(attack).items() if v != usual.get(k)}
-            attacks.append(grid.definition(type(attack), options))
-        return {"attacks": attacks} if attacks else {}
-
-    def _evaluate(self, name: str, model: str) -> tuple[str, dict[str, float]]:
-        """Fingerprint and measures of target or retrained model, which is tested once."""
-        options = {**self._module, **self._tests}
-        module = EvaluationModule(
-            model=model,
-            output=str(self.folder / name),
-            # once there are runs, other results are a sign of another study
-            overwrite=not (self.folder / TABLE_FILE).is_file(),
-            generate=self.generate != "never",
-            retrained=self._retrained if name == "target" else None,
-            **{k: v for k, v in options.items() if k in option_names(EvaluationModule)},
-        )
-        try:
-            with announced(f"{name} model {model}"), silence():
-                trainer = self._trainer()
-                trainer.test(module, datamodule=copy.copy(self.data), verbose=False)
-                attacked = self._attack_reference(name, trainer, module)
-        except WagleError as error:
-            if not error.hint:
-                raise
-            raise WagleError(error.message, error.option, hint="choose another --output") from None
-        if name == "target":
-            self.suite = module.evaluation.plan.suite
-            self.shapes = parameter_shapes(module.lm)
-        say(f"{self.forget} {decimals(module.metrics.get(self.forget))}")
-        return module.model_fingerprint, module.metrics | attacked
-
-    def _attack_reference(
-        self, name: str, trainer: L.Trainer, module: EvaluationModule
-    ) -> dict[str, float]:
-        """Measures of target or retrained model under the attacks, which are made once."""
-        if not self._attacks:
-            return {}
-        subject = module.evaluation.subject()
-        self._usable, skipped = usable_attacks(self._attacks, subject, self._every_attack)
-        for attack, why in skipped.items():
-            log.info("attack %s is left out: %s", attack, why)
-        file = self.folder / f"attacked_{name}.parquet"
-        key = {"model": module.model_fingerprint, **self._rows(), **self._attacked_by()}
-        rows = read_table(file, key, overwrite=not (self.folder / TABLE_FILE).is_file())
-        if rows is None:
-            tables = Results.read(self.folder / name).tables
-            measures = self._attack(trainer, module, module.evaluation, tables)
-            rows = [{"measure": measure, "value": value} for measure, value in measures.items()]
-            write_table(file, rows, key)
-        return {row["measure"]: row["value"] for row in rows}
-
-    def _attack(
-        self,
-        trainer: L.Trainer,
-        module: LanguageModule,
-        evaluation: Evaluation,
-        tables: Mapping[str, Table],
-    ) -> dict[str, float]:
-        module.to(trainer.strategy.root_device)  # Lightning has moved it away
-        module.lm.eval()
-        evaluation.lm = module.lm
-        findings = evaluation.attack(self._usable, tables)
-        return {f.key: f.after for f in findings if f.after is not None}
 
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""
@@ -383,7 +307,7 @@ class Study:
         if self.along == "answers" or self.generate == "end":
             tables = Results.read(self.folder / "target").tables
             observed = Observations(as_before_the_end(tables, self._answers_of()))
-            along &= set(defined_only(self.suite.measures(observed)))
+            along &= set(defined_only(self.tested.suite.measures(observed)))
         for option, measure in (("--forget", self.forget), ("--utility", self.utility)):
             if measure not in along:
                 asked = "--along all" if self.along == "answers" else "--generate always"
@@ -398,8 +322,8 @@ class Study:
             raise WagleError(f"{message}: give --forget_level")
         signs = {"lower": -1, "higher": 1}
         rises = 1 if level > target[self.forget] else -1
-        forget_sign = signs.get(self.suite.info(self.forget).direction, rises)
-        utility_sign = signs.get(self.suite.info(self.utility).direction, 1)
+        forget_sign = signs.get(self.tested.suite.info(self.forget).direction, rises)
+        utility_sign = signs.get(self.tested.suite.info(self.utility).direction, 1)
         return Compared(self.forget, self.utility, target, level, forget_sign, utility_sign)
 
     def _answers_of(self) -> Optional[list[str]]:
@@ -416,31 +340,23 @@ class Study:
         for mask in self.grid.masks:
             if mask.kind == "file":
                 where = f"masks: mask {mask.entry}"
-                WeightMask.load(mask.entry).check(self.shapes, self.fingerprint, where=where)
+                WeightMask.load(str(mask.entry)).check(
+                    self.tested.shapes, self.fingerprint, where=where
+                )
         missing = {}
         for run in todo:
             if run.mask.kind == "score" and not self._mask_file(run).is_file():
                 missing[self._mask_file(run).stem] = run.mask.of_seed(run.seed)
-        names = {id(mask): name for name, mask in missing.items()}
-        for pass_options, masks in grid.passes(list(missing.values())):
-            start = time.monotonic()
-            with announced(f"attribution, {count(len(masks), 'mask')}"), silence():
-                module = AttributionModule(
-                    model=self.target,
-                    output=str(self.folder / "masks"),
-                    overwrite=True,
-                    masks=[mask.spec(names[id(mask)]) for mask in masks],
-                    **pass_options,
-                )
-                module.run_config = {"study": self.settings}
-                trainer = self._trainer(max_epochs=1, gradient_clip_val=None)
-                trainer.fit(module, datamodule=copy.copy(self.data))
-            say(text.duration(time.monotonic() - start))
+        options = {"output": str(self.folder / "masks"), "overwrite": True}
+        options["run_config"] = {"study": self.settings}
+        attributed = attribute(self.target, missing, self._trainer, self.data, **options)
+        for seconds, module in attributed:
+            say(f"attribution, {count(len(module.specs), 'mask')}: {text.duration(seconds)}")
 
     def _mask_file(self, run: grid.Run) -> Optional[Path]:
         """The mask of a run; None where all weights move."""
         if run.mask.kind == "file":
-            return Path(run.mask.entry)
+            return Path(str(run.mask.entry))
         if run.mask.kind != "score":
             return None
         names = ("target", "forget_rows", "retain_rows", "template", "batch_size")
@@ -487,7 +403,7 @@ class Study:
                 rows.append({"step": step, "seconds": seconds, "note": note})
             if self._attacks and is_enough(rows[-1]):  # it ended there
                 try:
-                    rows[-1] |= self._attack(trainer, module, along.evaluation, along.tables)
+                    rows[-1] |= self.tested.attack(trainer, module, along.evaluation, along.tables)
                 except WagleError as error:  # of one run, as a loss that is not finite
                     rows[-1]["note"] = f"not attacked: {error}"
                 rows[-1]["seconds"] = round(time.monotonic() - start, 2)
@@ -520,7 +436,7 @@ class Study:
             **self.references,
             "runs": {
                 "finished": len(self._finished()),
-                "planned": self.size,
+                "planned": len(self.planned),
                 "in_table": len(self.table.finished()),
             },
             "headline": summarise(rows, by, own_rates) if rows else [],
@@ -536,3 +452,12 @@ class Study:
         write_json(self.folder / SUMMARY_FILE, json.loads(json.dumps(summary, default=str)))
         write_text(self.folder / "study.md", text.markdown(summary))
         return summary
+
+
+def study(**options: Any) -> None:
+    """Run the unfinished part of the grid, then print and write the comparison."""
+    prepare_libraries()
+    try:
+        Study(**options).run()
+    except KeyboardInterrupt:  # the study has said what is left to do
+        raise SystemExit(EXIT_INTERRUPTED) from None

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Optional
 
-from wagle_pl.core.text import count, markdown_table, table
+from wagle_pl.core.text import count, markdown_table
 from wagle_pl.lab.study import recovery
 from wagle_pl.lab.study.numbers import decimals, mean_std
 from wagle_pl.lab.study.summary import AT_END
 
 Arm = Mapping[str, Any]  # one of a summary's ``headline``
 Summary = Mapping[str, Any]  # content of ``study.json``
+
+
+class Block(NamedTuple):
+    """A piece of a document: a ``heading``, a ``text``, a ``list`` of lines, or a ``table``."""
+
+    kind: Literal["heading", "text", "list", "table"]
+    text: str = ""  # or the title of a table
+    lines: Sequence[str] = ()
+    table: Sequence[Any] = ()  # header and rows
+
 
 _LEFT = (0, 4)  # columns of words: mask, verdict
 _ALWAYS = 5  # columns shown even if they are empty
@@ -116,17 +125,19 @@ def outcome(arms: Sequence[Arm]) -> str:
     return f"Against dense: {'; '.join(phrases)}." if phrases else nothing
 
 
-def console(summary: Summary) -> str:
-    """Tables for the console, with what wins, ties and loses."""
-    parts = [
-        f"{objective}\n{table(*shown(arms), left=_LEFT)}\n{outcome(arms)}"
-        for objective, arms in by_objective(summary).items()
-    ]
-    ends = summary.get("ends") or []
-    parts += [f"{title}\n{table(*content)}" for title, *content in recovery.tables(ends)]
-    lines = [*about(summary), *(recovery.about(ends) if ends else ())]
-    notes = [textwrap.fill(line, 110, subsequent_indent="  ") for line in lines]
-    return "\n\n".join([*parts, "\n".join(notes)])
+def document(summary: Summary) -> Iterator[Block]:
+    """The comparison, for ``study.md`` and for the page: tables of arms, and how to read them."""
+    for objective, arms in by_objective(summary).items():
+        yield Block("heading", objective)
+        yield Block("table", table=shown(arms))
+        yield Block("text", outcome(arms))
+    yield Block("heading", "How to read it")
+    yield Block("list", lines=about(summary))
+    if ends := summary.get("ends"):
+        yield Block("heading", "Kept, and brought back")
+        for title, *content in recovery.tables(ends):
+            yield Block("table", title, table=content)
+        yield Block("list", lines=recovery.about(ends))
 
 
 def markdown(summary: Summary) -> str:
@@ -138,14 +149,15 @@ def markdown(summary: Summary) -> str:
         if summary[model]
     ]
     parts = ["# Study", progress(summary), markdown_table(["model", *names], models)]
-    for objective, arms in by_objective(summary).items():
-        parts += [f"## {objective}", markdown_table(*shown(arms), left=_LEFT), outcome(arms)]
-    parts += ["## How to read it", "\n".join(f"- {line}" for line in about(summary))]
-    if ends := summary.get("ends"):
-        parts.append("## Kept, and brought back")
-        for title, *content in recovery.tables(ends):
-            parts += [f"### {title}", markdown_table(*content)]
-        parts.append("\n".join(f"- {line}" for line in recovery.about(ends)))
+    for kind, text, lines, content in document(summary):
+        if kind == "list":
+            parts.append("\n".join(f"- {line}" for line in lines))
+        elif kind == "table":
+            parts += [f"### {text}"] if text else []
+            header, rows = content
+            parts.append(markdown_table(header, rows, (0,) if text else _LEFT))
+        else:
+            parts.append(f"## {text}" if kind == "heading" else text)
     return "\n\n".join(parts) + "\n"
 
 

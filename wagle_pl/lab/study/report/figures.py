@@ -33,7 +33,7 @@ PALETTE = {
 }
 
 #: matplotlib's settings for the figures of a page.
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), PALETTE["ink"]
     ),
@@ -49,7 +49,7 @@ STYLE: dict[str, Any] = {
 }
 
 #: matplotlib's settings for SVG files: text stays text, and the same figure makes the same bytes.
-SVG = {"svg.hashsalt": "wagle_pl", "svg.fonttype": "none"}
+SVG: Any = {"svg.hashsalt": "wagle_pl", "svg.fonttype": "none"}
 
 _PANELS_PER_ROW = 4
 _CELLS_WITH_TEXT = 1200  # with more, cells are smaller, without text; every fifth layer is labelled
@@ -187,7 +187,7 @@ def _draw_cells(
     import numpy as np
 
     shares = [[100 * row.get(column, np.nan) for column in columns] for row in rows]
-    values = np.ma.masked_invalid(shares)
+    values: Any = np.ma.masked_invalid(shares)
     edges = {"edgecolors": matplotlib.rcParams["figure.facecolor"], "linewidth": 0.6}
     mesh = axes.pcolormesh(values, cmap=_COLOURS, norm=scale, **edges)
     axes.set_facecolor("#d9d9d9")  # of absent modules

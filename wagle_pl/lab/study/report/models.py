@@ -7,7 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import yaml
 from markupsafe import Markup, escape
@@ -37,14 +37,6 @@ _UTILITIES = ("model_utility", "ut_average")
 Models = Sequence[ReportedModel]
 Ratios = dict[tuple[str, str], float]  # (question, answer) -> truth ratio
 Blocks = Iterator[Markup]  # of a section
-
-
-class Options(NamedTuple):
-    """Options of ``wagle report`` for the sections about models."""
-
-    forget: Optional[str] = None
-    utility: Optional[str] = None
-    examples: int = 6
 
 
 # -- pieces ----------------------------------------------------------------------------------------
@@ -98,7 +90,7 @@ def options_text(value: Any) -> str:
 # -- sections about models -------------------------------------------------------------------------
 
 
-def summary(sources: Sources, options: Options) -> Blocks:
+def summary(sources: Sources) -> Blocks:
     """One row per model, with the measures that say most."""
     lead = lead_measures(sources.models)
     infos = [sources.models[0].about(measure) for measure in lead]
@@ -117,14 +109,11 @@ def summary(sources: Sources, options: Options) -> Blocks:
         yield note("Without the target model's results no arrows say what is better.")
 
 
-def tradeoff(sources: Sources, options: Options) -> Blocks:
+def tradeoff(sources: Sources) -> Blocks:
     """Every model as a point: how much it forgot, and what it still can do."""
-    usual = tradeoff_measures(sources.models)
-    forget, utility = options.forget or usual[0], options.utility or usual[1]
+    forget, utility = tradeoff_measures(sources.models)
     if forget is None or utility is None:
-        lacks = "forgetting" if forget is None else "utility"
-        advice = "Choose one with --forget and --utility."
-        yield note(f"The runs have no measure of {lacks}: no curve. {advice}")
+        yield note(f"The runs have no measure of {'forgetting' if forget is None else 'utility'}.")
         return
     points, lines = [], []
     for model in sources.everyone:
@@ -146,7 +135,7 @@ def tradeoff(sources: Sources, options: Options) -> Blocks:
     yield figure(drawn, f"Numbers are the runs of the summary.{level if retrained else ''}")
 
 
-def truth_ratios(sources: Sources, options: Options) -> Blocks:
+def truth_ratios(sources: Sources) -> Blocks:
     """How the truth ratios of the examples are distributed, before and after."""
     drawn = []
     for model in sources.models:
@@ -179,7 +168,7 @@ def truth_ratios(sources: Sources, options: Options) -> Blocks:
         )
 
 
-def masks(sources: Sources, options: Options) -> Blocks:
+def masks(sources: Sources) -> Blocks:
     """Where the weights that may move are."""
     known = {model.name: model.mask for model in sources.models if model.mask is not None}
     yield heatmaps(known)
@@ -191,7 +180,7 @@ def masks(sources: Sources, options: Options) -> Blocks:
             yield note(f"{model.name}: {why}.")
 
 
-def answers(sources: Sources, options: Options) -> Blocks:
+def answers(sources: Sources) -> Blocks:
     """What the models say to the same questions, side by side."""
     target, retrained = (sources.references.get(role) for role in ("target", "retrained"))
     after = [(f"after: {model.name}", model) for model in sources.models]
@@ -200,7 +189,7 @@ def answers(sources: Sources, options: Options) -> Blocks:
     for test_set in dict.fromkeys(name for m in sources.models for name in telling_sets(m)):
         records_of = {label: model.generations(test_set) for label, model in models}
         asked = next((list(records_of[label]) for label, _ in after if records_of[label]), [])
-        chosen = spread(asked, options.examples)
+        chosen = spread(asked, sources.examples)
         if not chosen:
             yield note(f"No answers were generated on {test_set}.")
             continue
@@ -226,7 +215,7 @@ def _answer(label: str, role: str, record: Optional[Mapping[str, Any]]) -> tuple
     return label, text, role
 
 
-def robustness(sources: Sources, options: Options) -> Blocks:
+def robustness(sources: Sources) -> Blocks:
     """What attacks bring back."""
     rows = [row for model in sources.models for row in model.robustness]
     for model in sources.models:
@@ -265,7 +254,7 @@ def _attacked(row: Mapping[str, Any]) -> list[Any]:
     return [str(row.get("attack", "")), str(row.get("option") or ""), measure, *shown.values()]
 
 
-def all_measures(sources: Sources, options: Options) -> Blocks:
+def all_measures(sources: Sources) -> Blocks:
     """Every number of every ``metrics.json``, what is undefined, and why."""
     rows = []
     for measure in measure_names(sources.everyone):
@@ -286,7 +275,7 @@ def all_measures(sources: Sources, options: Options) -> Blocks:
             yield note(f"{model.name}: no test set {sets}, so none of its measures.")
 
 
-def making(sources: Sources, options: Options) -> Blocks:
+def making(sources: Sources) -> Blocks:
     """For each model its record: the runs that made it, oldest first."""
     for model in sources.everyone:
         rows = model.info.get("rows", {})
@@ -312,7 +301,7 @@ def making(sources: Sources, options: Options) -> Blocks:
 
 
 #: Sections about models: name, heading, and what makes its blocks.
-SECTIONS: tuple[tuple[str, str, Callable[[Sources, Options], Blocks]], ...] = (
+SECTIONS: tuple[tuple[str, str, Callable[[Sources], Blocks]], ...] = (
     ("summary", "Summary", summary),
     ("tradeoff", "Forgetting against utility", tradeoff),
     ("ratios", "Truth ratios", truth_ratios),

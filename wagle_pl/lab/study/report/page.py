@@ -1,57 +1,85 @@
-"""The page of ``wagle report``: one self-contained HTML file."""
+"""``wagle report``: one self-contained HTML file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.html import element, note, page
-from wagle_pl.lab.study.report.models import SECTIONS, Blocks, Options, measure_names
-from wagle_pl.lab.study.report.sources import Sources
+from wagle_pl.core.text import count
+from wagle_pl.lab.study.report.models import SECTIONS, Blocks
+from wagle_pl.lab.study.report.sources import Sources, gather
 from wagle_pl.lab.study.report.studies import study_blocks
+from wagle_pl.lab.study.summary import compared_at
 
 
-def write_report(
-    sources: Sources, output: str | Path, overwrite: bool = False, **options: Any
-) -> Path:
-    """Write the page that :func:`render` makes with ``options``, whole or not at all."""
-    output = Path(output)
-    refuse_existing(output, overwrite, "--overwrite")
-    write_text(output, render(sources, **options))
-    return output
+def report(
+    runs: list[str],
+    *,
+    output: str,
+    target: Optional[str] = None,
+    retrained: Optional[str] = None,
+    forget_level: Optional[float] = None,
+    examples: int = 6,
+    title: Optional[str] = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the results of runs or studies to one HTML file, without scripts or network access.
+
+    Args:
+        runs: folders of test results, of models that contain test results, or of studies.
+        output: HTML file to write.
+        target: results of the model before unlearning; by default those of the model that the runs
+            started from.
+        retrained: results of the model retrained without the forget set; by default those that the
+            tests were compared with, or those of the folder fine-tuned on retain rows only.
+        forget_level: value of the forget measure at which a study's arms are compared, instead of
+            the study's own.
+        examples: number of questions per set whose answers are shown.
+        title: title of the page.
+    """
+    path = Path(output)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise WagleError(f"must end in .html, got {output}", option="--output")
+    if examples < 0:
+        raise WagleError(f"must be at least 0, got {examples}", option="--examples")
+    refuse_existing(path, overwrite, "--overwrite")
+    sources = gather(runs, target, retrained)
+    if forget_level is not None and not sources.studies:
+        message = "it is for studies, and there is none among the folders given"
+        raise WagleError(message, option="--forget_level")
+    for study in sources.studies if forget_level is not None else ():
+        try:
+            study.summary = compared_at(study.summary, study.rows, forget_level)
+        except WagleError as error:
+            raise WagleError(f"study {study.folder}: {error}") from None
+    write_text(path, render(sources, title, examples))
+    kinds = (sources.models, "run", None), (sources.studies, "study", "studies")
+    shown = " and ".join(count(len(items), *words) for items, *words in kinds if items)
+    print(f"report of {shown} written to {path}")
 
 
-def render(sources: Sources, title: Optional[str] = None, **options: Any) -> str:
-    """The page as text, with the fields of :class:`Options`; equal sources give equal bytes."""
-    chosen = Options(**options)
-    for axis, name in enumerate(("forget", "utility")):
-        measure, known = getattr(chosen, name), measure_names(sources.models)
-        what = "these runs"
-        if not sources.models:  # the page of a study has the axes of the study
-            known, what = [study.axes[axis] for study in sources.studies], "what is reported"
-        if measure is not None and measure not in known:
-            choices = f"choose one of {', '.join(dict.fromkeys(known))}"
-            raise WagleError(f"--{name}: {measure!r} is no measure of {what}; {choices}")
+def render(sources: Sources, title: Optional[str] = None, examples: int = 6) -> str:
+    """The page as text; equal sources give equal bytes."""
     sections: list[tuple[str, str, Blocks]] = [
         (f"study-{i}", f"Study: {study.name}", study_blocks(study))
         for i, study in enumerate(sources.studies)
     ]
     if sources.models:
-        sections += [(name, title, make(sources, chosen)) for name, title, make in SECTIONS]
+        sources.examples = examples
+        sections += [(name, heading, make(sources)) for name, heading, make in SECTIONS]
     names = [entry.name for entry in (*sources.studies, *sources.models)]
     links = (element("a", heading, href=f"#{name}-section") for name, heading, _ in sections)
-    left_out = [f"Left out: {folder}: {why}." for folder, why in sources.left_out]
-    told = [f"{text[:1].upper()}{text[1:]}." for text in sources.notes if sources.models]
+    notes = [f"Left out: {folder}: {why}." for folder, why in sources.left_out]
+    notes += [f"{text[:1].upper()}{text[1:]}." for text in sources.notes if sources.models]
+    content = [
+        element("section", element("h2", heading), *blocks, id=f"{name}-section")
+        for name, heading, blocks in sections
+    ]
     return page(
         title or f"Unlearning report: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}",
-        [
-            *map(note, [*left_out, *told]),
-            *(
-                element("section", element("h2", heading), *blocks, id=f"{name}-section")
-                for name, heading, blocks in sections
-            ),
-        ],
+        [*map(note, notes), *content],
         [element("nav", *links, aria_label="sections")],
     )

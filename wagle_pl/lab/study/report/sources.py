@@ -186,6 +186,7 @@ class Sources:
     references: dict[str, ReportedModel] = field(default_factory=dict)  # target, retrained
     left_out: list[tuple[str, str]] = field(default_factory=list)  # folder, and why
     notes: list[str] = field(default_factory=list)  # about target and retrained
+    examples: int = 6  # questions per test set whose answers are shown
 
     @property
     def everyone(self) -> list[ReportedModel]:
@@ -238,7 +239,7 @@ def gather(
 def _read_study(folder: Path) -> StudyResults:
     if not (folder / TABLE_FILE).is_file():
         raise WagleError(f"it has no {TABLE_FILE} yet")
-    rows, notes = load_table(folder / TABLE_FILE), []
+    rows, notes = load_table(folder / TABLE_FILE), list[str]()
     if not rows:
         raise WagleError(f"its {TABLE_FILE} has no rows yet")
     lost = "its comparison at equal forgetting"

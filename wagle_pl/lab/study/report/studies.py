@@ -11,11 +11,10 @@ from markupsafe import Markup
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.html import element, facts, note, table
 from wagle_pl.core.text import short_number
-from wagle_pl.lab.study import recovery
 from wagle_pl.lab.study.report import curves
 from wagle_pl.lab.study.report.figures import figure, heatmaps, image
 from wagle_pl.lab.study.report.sources import StudyResults, reference_points
-from wagle_pl.lab.study.text import about, by_objective, progress, shown
+from wagle_pl.lab.study.text import by_objective, document, progress
 from wagle_pl.masks import WeightMask
 
 #: Columns of a study's table of all runs.
@@ -50,43 +49,35 @@ def study_blocks(study: StudyResults) -> Blocks:
         yield table(["model", forget, utility], rows)
     if lacking := [role for role in ("target", "retrained") if role not in study.references]:
         yield note(f"The study holds no numbers of the {' and the '.join(lacking)} model.")
-    yield element("h3", "Headline")
     if text := progress(summary):
         yield note(text)
-    yield from (
-        _headline(study)
-        if summary.get("headline")
-        else [note("The study has not compared its arms at equal forgetting yet.")]
-    )
-    if summary.get("ends"):
-        yield from _ends(summary)
+    if summary.get("headline"):
+        yield from _comparison(summary)
+    else:
+        yield note("The study has not compared its arms at equal forgetting yet.")
     yield element("h3", "Masks")
     yield from _masks_of(study)
     columns = [c for c in _SHOWN if any(row.get(c) is not None for row in study.rows)]
-    rows = [[run, *(row[column] for column in columns)] for run, row in runs.items()]
+    last = [[run, *(row[column] for column in columns)] for run, row in runs.items()]
     title = element("summary", "Every run at its last test point")
-    yield element("details", title, table(["run", *columns], rows))
+    yield element("details", title, table(["run", *columns], last))
     yield from (note(f"{study.name}: {text}.") for text in study.notes)
 
 
-def _headline(study: StudyResults) -> Blocks:
-    """The comparison at equal forgetting: a table for each objective, and the mean curves."""
-    for objective, arms in by_objective(study.summary).items():
-        yield element("h4", objective)
-        yield table(*shown(arms), "numbers mixed")
-    yield _list(about(study.summary))
-    if drawing := mean_curves(study.summary):
+def _comparison(summary: Mapping[str, Any]) -> Blocks:
+    """What ``study.md`` says, with the mean curves and those of recovery."""
+    for kind, text, lines, content in document(summary):
+        if kind == "table":
+            header, rows = content
+            yield table(header, rows, "numbers mixed", text)
+        elif kind == "list":
+            yield element("ul", *(element("li", line) for line in lines), class_="note")
+        else:
+            yield element("h3" if kind == "heading" else "p", text)
+    if drawing := mean_curves(summary):
         drawn = _curves_image("Mean curve of each arm", drawing)
         caption = "Each arm with the best learning rate of each seed, utility averaged over seeds."
         yield figure(drawn, caption)
-
-
-def _ends(summary: Mapping[str, Any]) -> Blocks:
-    """What is kept at the ends of the runs, and what attacks bring back."""
-    yield element("h3", "Kept, and brought back")
-    for title, header, rows in recovery.tables(summary["ends"]):
-        yield table(header, rows, "numbers mixed", title)
-    yield _list(recovery.about(summary["ends"]))
     for attack, drawing in recovery_curves(summary).items():
         caption = f"{attack}: forget probability along the attack, mean over seeds."
         yield figure(_curves_image(f"Recovery by {attack}", drawing), caption)
@@ -106,10 +97,6 @@ def _masks_of(study: StudyResults) -> Blocks:
     yield from unread
     if not masks and not unread:
         yield note(f"The study keeps no masks in {study.folder}/masks.")
-
-
-def _list(lines: Sequence[str]) -> Markup:
-    return element("ul", *(element("li", line) for line in lines), class_="note")
 
 
 def mean_curves(summary: Mapping[str, Any]) -> Optional[tuple[Any, ...]]:
