@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,96 +21,9 @@ MEMBERSHIP_NEEDS = frozenset({"answer", "tokens", "vocabulary"})
 
 #: Score of every row, low for a member: records -> float64 (N,).
 MembershipScore = Callable[[Records], Tensor]
-#: Name of the attack -> its score.
-SCORES: dict[str, MembershipScore] = {}
 
 
-def membership_score(
-    name: str, needs: Collection[str], usual: bool = True
-) -> Callable[[MembershipScore], MembershipScore]:
-    """Register a score, and its ROC area as ``mia_<name>``; if not ``usual``, only on request."""
-
-    def register(score: MembershipScore) -> MembershipScore:
-        def area(seen: Observations, members: str, nonmembers: str) -> float:
-            return F.membership_auc(*(score(seen.records(n)) for n in (members, nonmembers)))
-
-        area.__doc__ = score.__doc__
-        measure("AUC, 0 to 1", "retrained", needs=needs, name=f"mia_{name}")(area)
-        if usual:
-            SCORES[name] = score
-        return score
-
-    return register
-
-
-@membership_score("loss", needs={"answer"})
-def _loss(rows: Records) -> Tensor:
-    """Membership inference by loss."""
-    return rows.numbers("nll")
-
-
-@membership_score("zlib", needs={"answer"})
-def _zlib(rows: Records) -> Tensor:
-    """Membership inference by loss over compressed length.
-
-    Bytes of the text (Carlini et al. 2021).
-    """
-    pairs = zip(rows.column("nll"), rows.scored_texts(), strict=True)
-    ratios = [nll / len(zlib.compress(text.encode("utf-8"))) for nll, text in pairs]
-    return torch.tensor(ratios, dtype=torch.float64)
-
-
-@membership_score("min_k", needs={"answer", "tokens"})
-def _min_k(rows: Records) -> Tensor:
-    """Membership inference by Min-40% Prob."""
-    return min_k_scores(rows, "logprobs", MIN_K)
-
-
-@membership_score("min_k_plus_plus", needs=MEMBERSHIP_NEEDS)
-def _min_k_plus_plus(rows: Records) -> Tensor:
-    """Membership inference by Min-40%++.
-
-    Of log-probabilities standardised by the vocabulary's at each token (arXiv 2404.02936).
-    """
-    return min_k_plus_plus_scores(rows, MIN_K)
-
-
-@membership_score("reference", needs={"answer"})
-def _reference(rows: Records) -> Tensor:
-    """Membership inference against a reference model."""
-    if rows.reference is None:
-        raise Undefined("it needs the results of a reference model: give --model.reference")
-    reference = Records(rows.reference.beside(rows.name, rows.table))
-    return rows.numbers("nll") - reference.numbers("nll")
-
-
-@membership_score("gradnorm", needs={"answer", "gradient"})
-def _gradnorm(rows: Records) -> Tensor:
-    """Membership inference by gradient norm."""
-    return rows.numbers("gradient_norm")
-
-
-@membership_score("lower", needs={"answer", "lower"}, usual=False)
-def _lower(rows: Records) -> Tensor:
-    """Membership inference by loss over that in lower case (MUSE's PPL/lower)."""
-    return rows.numbers("nll") / rows.numbers("lower_nll")
-
-
-def _register_min_k(percent: int) -> str:
-    def score(rows: Records) -> Tensor:
-        return min_k_scores(rows, "logprobs", percent / 100)
-
-    score.__doc__ = f"Membership inference by Min-{percent}% Prob (MUSE)."
-    membership_score(f"min_k_{percent}", {"answer", "tokens"}, usual=False)(score)
-    return f"mia_min_k_{percent}"
-
-
-#: What MUSE and OpenUnlearning measure between two sets besides the usual attacks. (MUSE's PPL and
-#: PPL/zlib order rows as ``mia_loss`` and ``mia_zlib`` do: the same areas.)
-MORE_MEMBERSHIP = (*map(_register_min_k, (5, 10, 20, 30, 50, 60)), "mia_lower", "rel_diff")
-
-
-def min_k_scores(rows: Records, column: str, k: float) -> Tensor:
+def min_k_scores(rows: Records, k: float, column: str = "logprobs") -> Tensor:
     """Min-K% Prob of every row, float64 (N,), of a column of log-probabilities."""
     logprobs = map(torch.tensor, rows.column(column))
     return torch.tensor([F.min_k(row, k) for row in logprobs], dtype=torch.float64)
@@ -121,6 +35,71 @@ def min_k_plus_plus_scores(rows: Records, k: float) -> Tensor:
     tensors = (map(torch.tensor, row) for row in zip(*columns, strict=True))
     scores = [F.min_k((logprobs - mean) / std, k) for logprobs, mean, std in tensors]
     return torch.tensor(scores, dtype=torch.float64)
+
+
+def _zlib(rows: Records) -> Tensor:
+    """Loss over the bytes of the compressed text (Carlini et al. 2021), float64 (N,)."""
+    pairs = zip(rows.column("nll"), rows.scored_texts(), strict=True)
+    ratios = [nll / len(zlib.compress(text.encode("utf-8"))) for nll, text in pairs]
+    return torch.tensor(ratios, dtype=torch.float64)
+
+
+def _reference(rows: Records) -> Tensor:
+    """Loss minus that of a reference model, float64 (N,)."""
+    if rows.reference is None:
+        raise Undefined("it needs the results of a reference model: give --model.reference")
+    reference = Records(rows.reference.beside(rows.name, rows.table))
+    return rows.numbers("nll") - reference.numbers("nll")
+
+
+def _lower(rows: Records) -> Tensor:
+    return rows.numbers("nll") / rows.numbers("lower_nll")
+
+
+def _register(name: str, score: MembershipScore, what: str, needs: Collection[str]) -> str:
+    """Register the ROC area of a score as ``mia_<name>``, which is returned."""
+
+    def area(seen: Observations, members: str, nonmembers: str) -> float:
+        return F.membership_auc(*(score(seen.records(n)) for n in (members, nonmembers)))
+
+    area.__doc__ = f"Membership inference {what}."
+    measure("AUC, 0 to 1", "retrained", needs=needs, name=f"mia_{name}")(area)
+    return f"mia_{name}"
+
+
+#: Name of a usual attack -> its score of every row, low for a member, in words, and its needs.
+_USUAL: dict[str, tuple[MembershipScore, str, Collection[str]]] = {
+    "loss": (lambda rows: rows.numbers("nll"), "by loss", {"answer"}),
+    "zlib": (_zlib, "by loss over compressed length", {"answer"}),
+    "min_k": (partial(min_k_scores, k=MIN_K), "by Min-40% Prob", {"answer", "tokens"}),
+    "min_k_plus_plus": (
+        *(partial(min_k_plus_plus_scores, k=MIN_K), "by Min-40%++", MEMBERSHIP_NEEDS),
+    ),
+    "reference": (_reference, "against a reference model", {"answer"}),
+    "gradnorm": (
+        *(lambda rows: rows.numbers("gradient_norm"), "by gradient norm", {"answer", "gradient"}),
+    ),
+}
+SCORES = {name: score for name, (score, _, _) in _USUAL.items()}
+for _name, _about in _USUAL.items():
+    _register(_name, *_about)
+#: What MUSE and OpenUnlearning measure between two sets besides the usual attacks. (MUSE's PPL and
+#: PPL/zlib order rows as ``mia_loss`` and ``mia_zlib`` do: the same areas.)
+MORE_MEMBERSHIP = (
+    *(
+        _register(
+            f"min_k_{percent}",
+            partial(min_k_scores, k=percent / 100),
+            f"by Min-{percent}% Prob (MUSE)",
+            {"answer", "tokens"},
+        )
+        for percent in (5, 10, 20, 30, 50, 60)
+    ),
+    _register(
+        "lower", _lower, "by loss over that in lower case (MUSE's PPL/lower)", {"answer", "lower"}
+    ),
+    "rel_diff",
+)
 
 
 @measure("percent", "retrained", needs={"answer", "tokens"})

@@ -267,7 +267,7 @@ _MEMBER: dict[str, tuple[str, MembershipScore, str]] = {
         "of a token over the text's compressed length (RWKU's Zlib)",
     ),
     "member_min_k": (
-        *("nats", partial(min_k_scores, column="logprobs", k=0.2)),
+        *("nats", partial(min_k_scores, k=0.2)),
         "of the least likely 20% of tokens (RWKU's Min-K%)",
     ),
     "member_min_k_plus_plus": (

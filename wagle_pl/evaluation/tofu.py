@@ -139,7 +139,7 @@ def _wagle_forget_quality(seen: Observations) -> float:
 def _wagle_mia(seen: Observations) -> float:
     """Min-20% of question and answer, retain rows as members, forget rows as not (WAGLE)."""
     sides = (seen.records(name) for name in ("retain", "forget"))
-    return F.membership_auc(*(min_k_scores(rows, "text_logprobs", WAGLE_K) for rows in sides))
+    return F.membership_auc(*(min_k_scores(rows, WAGLE_K, "text_logprobs") for rows in sides))
 
 
 @measure("share, 0 to 1", "lower", name="wagle/forget_accuracy")
