@@ -229,8 +229,7 @@ class AttributionModule(LanguageModule):
         return mask_path(self.output) if self.output and not self.several else super().place
 
     def _scores_path(self, label: str) -> Path:
-        several = self.several
-        return self.place / f"{label}.scores" if several else self.place.with_suffix(".scores")
+        return self.place / f"{label}.scores" if self.several else self.place.with_suffix(".scores")
 
     def planned_files(self) -> list[outputs.Planned]:
         weights = sum(map(math.prod, parameter_shapes(self.lm).values()))

@@ -140,9 +140,8 @@ def try_out(
                 setattr(w, field, above_zero(() if field == "h" and scalar else shape))
         return w
 
-    for dimensions in sorted({len(shape) for shape in shapes.values()}, reverse=True):
-        alike = [name for name, shape in shapes.items() if len(shape) == dimensions]
-        name = min(alike, key=lambda name: prod(shapes[name]))
+    by_size = sorted(shapes, key=lambda name: prod(shapes[name]))
+    for name in {len(shapes[name]): name for name in reversed(by_size)}.values():
         first, again = (checked(score, statistics(name)).nan_to_num() for _ in range(2))
         if not torch.equal(first, again):
             raise WagleError(

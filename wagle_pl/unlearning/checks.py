@@ -16,6 +16,7 @@ from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.core.late import LateReading
 from wagle_pl.core.weights import chunks_of, digest, evaluating, share_of
 from wagle_pl.lm.inference import keeps_rows_apart
+from wagle_pl.lm.layers import expert_weights
 from wagle_pl.masks import WeightMask
 from wagle_pl.strategies import is_zero
 
@@ -62,6 +63,24 @@ def check_run(module: FinetuneModule) -> None:
         raise WagleError(
             "model.output_dtype: it does not work under DeepSpeed, whose optimisers hold the fp32 "
             "values: leave it out"
+        )
+
+
+def check_sharded(module: FinetuneModule) -> None:
+    """Refuse what cannot work on weights that are sharded over ranks, once the model is loaded."""
+    if not module.sharded:
+        return
+    if len(module.streams) > 1 and any(expert_weights(layer) for layer in module.lm.modules()):
+        # an assertion in DeepSpeed's backward pass over several forward passes (its issue 5321)
+        raise WagleError(
+            f"ZeRO-3 cannot train experts on {' and '.join(module.streams)} rows in one step: "
+            "choose another stage (--trainer.strategy deepspeed_stage_2)"
+        )
+    if module.compiles:
+        raise WagleError(
+            "ZeRO-3 gathers weights when a layer runs, which torch.compile does not allow: choose "
+            "another stage",
+            option="model.compile",
         )
 
 

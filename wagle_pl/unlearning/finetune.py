@@ -29,7 +29,7 @@ from wagle_pl.lm.inference import (
     forward_answers,
     pack,
 )
-from wagle_pl.lm.layers import blocks, expert_weights
+from wagle_pl.lm.layers import blocks
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.saving import Originals, read_record, save_model
@@ -42,6 +42,7 @@ from wagle_pl.unlearning.checks import (
     StepLosses,
     check_packing,
     check_run,
+    check_sharded,
     check_weights,
     moves_kept,
 )
@@ -50,9 +51,7 @@ from wagle_pl.unlearning.optim import (
     FP32,
     STATE_BYTES,
     MaskedAdamW,
-    make_optimizer,
-    warmup_and_decay,
-    without_decay_of_vectors,
+    optimizer_and_schedule,
 )
 
 log = logging.getLogger(__name__)
@@ -190,23 +189,10 @@ class FinetuneModule(LanguageModule):
         self.restrict()
         if not self.fits:
             return
-        several = len(self.streams) > 1 and self.sharded
-        if several and any(expert_weights(module) for module in self.lm.modules()):
-            # an assertion in DeepSpeed's backward pass over several forward passes (its issue 5321)
-            raise WagleError(
-                f"ZeRO-3 cannot train experts on {' and '.join(self.streams)} rows in one step: "
-                "choose another stage (--trainer.strategy deepspeed_stage_2)"
-            )
-        if self.compiles and self.sharded:
-            raise WagleError(
-                "ZeRO-3 gathers weights when a layer runs, which torch.compile does not allow: choose "
-                "another stage",
-                option="model.compile",
-            )
+        check_sharded(self)
         self.lm.train()
         if self.gradient_checkpointing:
-            options = {"use_reentrant": False}
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.select_weights()
 
     def restrict(self) -> None:
@@ -234,24 +220,7 @@ class FinetuneModule(LanguageModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over trainable parameters, with warm-up and decay by step."""
-        options = {} if self.lr is None else {"lr": self.lr}
-        trained: Any = [parameter for parameter in self.lm.parameters() if parameter.requires_grad]
-        if not self.decay_norms_and_biases:
-            dense = {t.values: t.parameter for t in self._tensors.values()}
-            shapes = {values: getattr(p, "ds_shape", p.shape) for values, p in dense.items()}
-            trained = without_decay_of_vectors(trained, shapes)
-        masked = "" if self.mask is None else "(with a mask, parameters are vectors)"
-        optimizer = make_optimizer(self.make_optimizer, trained, masked, **options)
-        if self.make_lr_scheduler is None:
-            steps = self.trainer.estimated_stepping_batches
-            shape = (self.warmup, self.decay, steps, self.warmup_from_zero)
-            scheduler = warmup_and_decay(optimizer, *shape)
-            how = {"interval": "step"}
-        else:
-            scheduler = self.make_lr_scheduler(optimizer)
-            monitor = getattr(scheduler, "monitor", "train/loss")
-            how = {"interval": self.lr_interval, "monitor": monitor}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **how}}
+        return optimizer_and_schedule(self)
 
     def on_fit_start(self) -> None:
         """Have the values written into the model after each step."""
@@ -367,12 +336,13 @@ class FinetuneModule(LanguageModule):
     # -- checkpoints -------------------------------------------------------------------------------
 
     @property
-    def _tensors(self) -> dict[str, SelectedTensor]:
+    def tensors(self) -> dict[str, SelectedTensor]:
+        """Name of a tensor of the model -> what holds its selected weights, while it is trained."""
         return {} if self.selected is None else self.selected.tensors
 
     def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of what a checkpoint holds: all but dense tensors of the base model."""
-        left_out = {id(t.parameter) for t in self._tensors.values() if not t.is_plain}
+        left_out = {id(t.parameter) for t in self.tensors.values() if not t.is_plain}
         return ((name, p) for name, p in self.lm.named_parameters() if id(p) not in left_out)
 
     def load_stored(self, stored: ShardedCheckpoint) -> None:
@@ -399,7 +369,7 @@ class FinetuneModule(LanguageModule):
             done = start.batch if begun else start.batch + self.trainer.accumulate_grad_batches
             resume.keep_position(checkpoint, self.trainer, start.epoch, done)
         checkpoint.update(start.random if begun else resume.random_state(self.device))
-        held = [tensor.parameter for tensor in self._tensors.values()]
+        held = [tensor.parameter for tensor in self.tensors.values()]
         dtype = next(iter([*held, *self.lm.parameters()])).dtype
         checkpoint["model"] = {
             "name": self.model_name,
@@ -413,8 +383,7 @@ class FinetuneModule(LanguageModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the random state; a model that is not being trained gets the values."""
         self.check_kind(checkpoint)
-        known = ("rng_state", "cuda_rng_state")
-        self._random = {key: checkpoint[key] for key in known if key in checkpoint}
+        self._random = {key: checkpoint[key] for key in checkpoint if key.endswith("rng_state")}
         state = checkpoint.get("state_dict") or {}
         states = checkpoint.get("optimizer_states")
         if self.fits and not is_zero(self.trainer.strategy):
@@ -437,7 +406,7 @@ class FinetuneModule(LanguageModule):
         self.check_weights()
         holds_all = self.trainer.is_global_zero and not is_zero(self.trainer.strategy)
         if holds_all and self.output and not self.output_dtype:
-            self._moves_kept = moves_kept(self._tensors, Originals(self.model_name))
+            self._moves_kept = moves_kept(self.tensors, Originals(self.model_name))
         self.release(self.output_dtype)
         if self.output_dtype and self._before is not None:
             self._before.dtypes.clear()  # the values are to stay in fp32
@@ -478,5 +447,4 @@ class FinetuneModule(LanguageModule):
             "seed": self.run_config.get("seed_everything"),
             "config": self.run_config,
         }
-        earlier = read_record(self.model_name)["lineage"]
-        return {"format_version": 1, "lineage": [*earlier, step]}
+        return {"format_version": 1, "lineage": [*read_record(self.model_name)["lineage"], step]}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Optional
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.optim import LBFGS, AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from wagle_pl.core.errors import WagleError, first_line
+
+if TYPE_CHECKING:
+    from wagle_pl.unlearning.finetune import FinetuneModule
 
 FP32 = 4  # bytes of a number that is trained
 #: Bytes of an optimiser's state per number that it trains, by the name of its class.
@@ -164,6 +167,30 @@ class Sophia(_ByTensor):
         parameter.add_(ratio.clamp_(-1, 1), alpha=-group["lr"])
 
 
+def optimizer_and_schedule(module: FinetuneModule) -> dict[str, Any]:
+    """The optimiser over a module's trainable parameters, and its schedule, for Lightning."""
+    options = {} if module.lr is None else {"lr": module.lr}
+    trained: Any = [parameter for parameter in module.lm.parameters() if parameter.requires_grad]
+    if not module.decay_norms_and_biases:
+        tensors = {tensor.values: tensor.parameter for tensor in module.tensors.values()}
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+        for values in trained:
+            shape = getattr(tensors[values], "ds_shape", tensors[values].shape)
+            groups[len(shape) < 2]["params"].append(values)
+        trained = [group for group in groups if group["params"]]
+    masked = "" if module.mask is None else "(with a mask, parameters are vectors)"
+    optimizer = make_optimizer(module.make_optimizer, trained, masked, **options)
+    if module.make_lr_scheduler is None:
+        steps = module.trainer.estimated_stepping_batches
+        schedule = (module.warmup, module.decay, steps, module.warmup_from_zero)
+        how = {"scheduler": warmup_and_decay(optimizer, *schedule), "interval": "step"}
+    else:
+        scheduler = module.make_lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", "train/loss")
+        how = {"scheduler": scheduler, "interval": module.lr_interval, "monitor": monitor}
+    return {"optimizer": optimizer, "lr_scheduler": how}
+
+
 def make_optimizer(
     make: Callable[..., Optimizer], trained: Any, hint: str = "", **options: Any
 ) -> Optimizer:
@@ -191,21 +218,6 @@ def make_optimizer(
             message = f"{kind.__name__} {why}"
             raise WagleError(message, "optimizer", "choose another, e.g. MaskedAdamW")
     return optimizer
-
-
-def without_decay_of_vectors(
-    trained: Iterable[Tensor], shapes: Mapping[Tensor, Sequence[int]]
-) -> list[dict[str, Any]]:
-    """Groups of parameters: those of tensors of one dimension get no weight decay.
-
-    Args:
-        shapes: parameter -> shape of the tensor whose selected weights it holds.
-    """
-    matrices, vectors = [], []
-    for parameter in trained:
-        (matrices if len(shapes[parameter]) > 1 else vectors).append(parameter)
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def warmup_and_decay(
