@@ -6,16 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TOFU, TOFU_LOGS, cut_log, write_rows
 from pages import numbers, read, section
 
 from wagle_pl.cli import app as cli
 from wagle_pl.data.rows import load_rows
+from wagle_pl.lm.models import load_model
+from wagle_pl.masks import WeightMask
 
 
 def test_what_the_commands_write(wagle, tiny_model, rows, capsys):
     quick = "--trainer.max_epochs 1 --trainer.enable_checkpointing false"
-    cli.main(["mask", "modules", tiny_model, "--modules", "mlp", "-o", "mask"])
+    parameters = load_model(tiny_model).named_parameters()
+    WeightMask.from_bools({n: torch.full(p.shape, ".mlp." in n) for n, p in parameters}).save(
+        "mask"
+    )
     model = f"--model.model {tiny_model} --model.output unlearned --model.mask mask.safetensors"
     wagle(f"fit --model UnlearnModule {quick} {model}")
     sets = {"forget": rows["forget_test"], "retain": rows["retain_test"]}

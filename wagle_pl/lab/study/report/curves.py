@@ -98,7 +98,7 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
     """Share of examples whose truth ratio is at most x: the curves that forget quality compares."""
     figure, (axes,) = panels(3.9, 3.1)
     for role, values in ratios.items():
-        x = sorted(map(_in_axis, values))
+        x = sorted(min(max(ratio, _RATIOS[0]), _RATIOS[1]) for ratio in values)
         shares = [i / len(x) for i in range(len(x) + 1)]
         style = {"color": PALETTE[role], "linestyle": _LINES[role], "linewidth": 1.6}
         axes.step([x[0], *x], shares, where="post", label=role, **style)
@@ -107,10 +107,6 @@ def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
     axes.xaxis.set_minor_formatter("")
     _add_legend(figure)
     return figure
-
-
-def _in_axis(ratio: float) -> float:
-    return min(max(ratio, _RATIOS[0]), _RATIOS[1])
 
 
 # -- plants ----------------------------------------------------------------------------------------
@@ -169,7 +165,6 @@ def _finish(
     level: Optional[float],
     bounds: tuple[float, ...],
     labels: tuple[str, str],
-    **style: Any,
 ) -> None:
     """Draw references and the level at which utilities are compared; set limits and labels."""
     for role, (x, y) in references.items():
@@ -178,9 +173,7 @@ def _finish(
     if level is not None:
         line = {"color": PALETTE["retrained"], "linestyle": _LINES["retrained"]}
         axes.axvline(level, linewidth=1, zorder=1, **line)
-    axes.set(xlim=bounds[:2], ylim=bounds[2:])
-    axes.set_xlabel(labels[0], **style)
-    axes.set_ylabel(labels[1], **style)
+    axes.set(xlim=bounds[:2], ylim=bounds[2:], xlabel=labels[0], ylabel=labels[1])
 
 
 def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
