@@ -87,7 +87,7 @@ def architecture(name: str) -> Architecture:
     from wagle_pl.core.weights import parameter_shapes
     from wagle_pl.lm import models
 
-    full = models.checked_config(name)
+    full = models.load_config(name)
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(full)
