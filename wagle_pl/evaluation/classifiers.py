@@ -13,7 +13,6 @@ from torch.nn.functional import cosine_similarity
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.example import Example
-from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lm.models import loading
 
@@ -123,23 +122,6 @@ class GibberishClassifier(TextClassifier):
     of_forget_rows = True
 
 
-class Alternatives:
-    """ROUGE-L recall of a row's paraphrased and of its perturbed answers (OpenUnlearning)."""
-
-    of_forget_rows = False
-
-    def annotate(self, table: Table, rows: Sequence[Example]) -> None:
-        """Add ``paraphrased_rougeL_recall`` and ``perturbed_rougeL_recall``, a list."""
-
-        for record in table:
-            generation, row = record.get("generation"), rows[record["row"]]
-            if generation is not None and row.perturbed_answers:
-                answers = [row.paraphrased_answer or record["answer"], *row.perturbed_answers]
-                recalls = F.rouge([generation] * len(answers), answers)["rougeL_recall"].tolist()
-                record["paraphrased_rougeL_recall"] = recalls[0]
-                record["perturbed_rougeL_recall"] = recalls[1:]
-
-
 class SentenceModel:
     """Sentence embeddings by ``sentence-transformers`` (an extra).
 
@@ -190,8 +172,6 @@ def readers(options: Any, device: torch.device, prefix: str, benchmark: Optional
         longest = 32 if benchmark == "TOFU" else LONGEST  # as OpenUnlearning cuts them
         option = f"{prefix}gibberish_classifier"
         models.append(GibberishClassifier(name, device, option, longest))
-    if options.format == "openunlearning":
-        models.append(Alternatives())
     if name := options.sentence_model:
         models.append(SentenceModel(name, f"{prefix}sentence_model"))
     return models

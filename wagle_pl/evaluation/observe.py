@@ -20,6 +20,8 @@ What can be *needed* of a row; measures are computed from the records afterwards
                   ``right_choices``, indices, of rows with more than one right answer
 ``generation``    ``generation``: what the model says, greedily
 ``reference``     ``reference``: as much of the answer as a generation can match (MUSE)
+``recalls``       ``paraphrased_rougeL_recall`` and, a list, ``perturbed_rougeL_recall``: of such
+                  answers by the generation, where the row has some (OpenUnlearning)
 ``paraphrased``   ``alternatives`` and ``generation`` again, asked with the row's
                   ``paraphrased_question``
 ``gradient``      ``gradient_norm``: needs a backward pass per row
@@ -48,7 +50,7 @@ from wagle_pl.lm.models import vocabulary_size
 _OF_AN_ANSWER = frozenset({"answer", "tokens", "vocabulary", "text", "lower", "alternatives"})
 _OF_A_CHOICE = frozenset({"choices", "choice_texts"})
 #: Needs that take generated answers.
-GENERATED = frozenset({"generation", "reference", "paraphrased"})
+GENERATED = frozenset({"generation", "reference", "recalls", "paraphrased"})
 NEEDS = _OF_AN_ANSWER | _OF_A_CHOICE | GENERATED | {"gradient"}
 #: Needs that a kind of row can answer; any other kind can answer all but choices.
 POSSIBLE: Mapping[str, frozenset[str]] = {
@@ -222,6 +224,8 @@ class Observer:
             texts = self._generate([encoded[i][1] for i in prompted], length, stops)
             for i, text in zip(prompted, texts, strict=True):
                 records[i] |= of_generation(text, rows[i].answer)
+                if "recalls" in wanted[i] and rows[i].perturbed_answers:
+                    records[i] |= recalls(text, rows[i])
         for want, record in zip(wanted, records, strict=True):
             if "reference" in want:
                 text = record["answer"].lstrip()
@@ -331,6 +335,13 @@ def of_generation(text: str, answer: str) -> Record:
         values = F.rouge([text], [answer])
         record |= {name: values[name].item() for name in ("rouge1_recall", "rougeL_recall")}
     return record
+
+
+def recalls(text: str, row: Example) -> Record:
+    """ROUGE-L recall of a row's paraphrased and of its perturbed answers by a generation."""
+    answers = [row.paraphrased_answer or row.answer, *row.perturbed_answers]
+    values = F.rouge([text] * len(answers), answers)["rougeL_recall"].tolist()
+    return {"paraphrased_rougeL_recall": values[0], "perturbed_rougeL_recall": values[1:]}
 
 
 def merge(records: Sequence[Record]) -> list[Record]:

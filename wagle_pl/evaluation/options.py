@@ -198,12 +198,10 @@ class Plan:
     def needs_of(self, name: str) -> frozenset[str]:
         """What to observe of a test set: what the suite needs, as far as the options allow."""
         options, needs = self.options, set(self.suite.needs_of(name, self.names))
-        if (
-            options.paraphrased_questions
-            and "alternatives" in needs
-            and name in ("forget", "retain")
-        ):
-            needs.add("paraphrased")
+        asked_again = options.paraphrased_questions and name in ("forget", "retain")
+        needs |= {"paraphrased"} if asked_again and "alternatives" in needs else set()
+        if options.format == "openunlearning" and "generation" in needs:
+            needs.add("recalls")
         if "vocabulary" in needs:
             needs |= {"gradient"} if options.gradient_norm else set()
             needs |= {"lower"} if options.format != "wagle" and name in self.pair else set()

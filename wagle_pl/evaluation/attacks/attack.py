@@ -46,7 +46,7 @@ FORGET_MEASURES = (
     *("perplexity", "toxicity", "forget_quality", "verbmem_f", "knowmem_f"),
 )
 #: Needs that are not observed under an attack: none of those measures uses them.
-NOT_OBSERVED = frozenset({"gradient", "paraphrased", "vocabulary", "text"})
+NOT_OBSERVED = frozenset({"gradient", "paraphrased", "recalls", "vocabulary", "text"})
 #: Columns of a record that belong to its generation.
 OF_GENERATION = ("generation", "rouge1_recall", "rougeL_recall", "toxicity", "nearest_answer")
 
