@@ -7,16 +7,14 @@ import operator
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import Any, Literal, Optional
 
 from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.text import fields, table
 
-if TYPE_CHECKING:
-    from wagle_pl.masks import WeightMask
-
+# its classes are no types to mypy: under TYPE_CHECKING, the parser of the options would import them
 masks = LazyModule("wagle_pl.masks")
 figures = LazyModule("wagle_pl.lab.study.report.figures")
 
@@ -138,7 +136,7 @@ def convert(
         _report(mask, mask.to_torch(output))
         return
 
-    def converted() -> WeightMask:
+    def converted() -> masks.WeightMask:  # type: ignore[name-defined]
         shapes, made_for = _model(model) if model else (None, {})
         if from_torch:
             return masks.WeightMask.from_torch(file, shapes, made_for)
@@ -217,7 +215,7 @@ VERBS = {
 }
 
 
-def _load_all(files: list[str]) -> dict[str, WeightMask]:
+def _load_all(files: list[str]) -> dict[str, masks.WeightMask]:  # type: ignore[name-defined]
     """Masks by name: the file's stem if all stems differ, else its path."""
     loaded = [masks.WeightMask.load(file) for file in files]
     stems = [mask.source.stem for mask in loaded]
@@ -249,12 +247,12 @@ def _shares(group: str, tally: dict[str, tuple[int, int]]) -> str:
     return table([group, "weights", "selected", "density"], rows)
 
 
-def _write(make: Callable[[], WeightMask], output: str, overwrite: bool) -> None:
+def _write(make: Callable[[], masks.WeightMask], output: str, overwrite: bool) -> None:  # type: ignore[name-defined]
     """Write a mask that is made once its file may be written."""
     refuse_existing(masks.mask_path(output), overwrite, "--overwrite")
     mask = make()
     _report(mask, mask.save(output))
 
 
-def _report(mask: WeightMask, path: Path) -> None:
+def _report(mask: masks.WeightMask, path: Path) -> None:  # type: ignore[name-defined]
     print(f"mask of {mask.count():,} weights (density {mask.density:.6f}) written to {path}")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 from wagle_pl.cli import LazyModule
 from wagle_pl.core.files import refuse_existing
-
-if TYPE_CHECKING:
-    from wagle_pl.unlearning.patch import Patch
 
 api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
@@ -147,7 +144,7 @@ def info(patch: str, *, tensors: bool = False) -> None:
 PATCH = {verb.__name__: verb for verb in (make, apply, revert, info)}
 
 
-def _print_summary(patch: Patch) -> None:
+def _print_summary(patch: patches.Patch) -> None:  # type: ignore[name-defined]
     share = f"({patch.changed / max(1, patch.weights):.4%}) in {len(patch.tensors)} tensors"
     print(f"{patch.path}: {patch.path.stat().st_size:,} bytes")
     print(f"  base       {patch.base}  ({patch.made_by['base']})")

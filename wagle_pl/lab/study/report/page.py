@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Optional
 
+from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.html import element, note, page
 from wagle_pl.core.text import count
-from wagle_pl.lab.study.report.models import SECTIONS, Blocks
-from wagle_pl.lab.study.report.sources import Sources, gather
-from wagle_pl.lab.study.report.studies import study_blocks
-from wagle_pl.lab.study.summary import compared_at
+
+models = LazyModule("wagle_pl.lab.study.report.models")
+reported = LazyModule("wagle_pl.lab.study.report.sources")
+studies = LazyModule("wagle_pl.lab.study.report.studies")
+summary = LazyModule("wagle_pl.lab.study.summary")
 
 
 def report(
@@ -46,13 +48,13 @@ def report(
     if examples < 0:
         raise WagleError(f"must be at least 0, got {examples}", option="--examples")
     refuse_existing(path, overwrite, "--overwrite")
-    sources = gather(runs, target, retrained)
+    sources = reported.gather(runs, target, retrained)
     if forget_level is not None and not sources.studies:
         message = "it is for studies, and there is none among the folders given"
         raise WagleError(message, option="--forget_level")
     for study in sources.studies if forget_level is not None else ():
         try:
-            study.summary = compared_at(study.summary, study.rows, forget_level)
+            study.summary = summary.compared_at(study.summary, study.rows, forget_level)
         except WagleError as error:
             raise WagleError(f"study {study.folder}: {error}") from None
     write_text(path, render(sources, title, examples))
@@ -61,15 +63,15 @@ def report(
     print(f"report of {shown} written to {path}")
 
 
-def render(sources: Sources, title: Optional[str] = None, examples: int = 6) -> str:
+def render(sources: reported.Sources, title: Optional[str] = None, examples: int = 6) -> str:
     """The page as text; equal sources give equal bytes."""
-    sections: list[tuple[str, str, Blocks]] = [
-        (f"study-{i}", f"Study: {study.name}", study_blocks(study))
+    sections: list[tuple[str, str, models.Blocks]] = [
+        (f"study-{i}", f"Study: {study.name}", studies.study_blocks(study))
         for i, study in enumerate(sources.studies)
     ]
     if sources.models:
         sources.examples = examples
-        sections += [(name, heading, make(sources)) for name, heading, make in SECTIONS]
+        sections += [(name, heading, make(sources)) for name, heading, make in models.SECTIONS]
     names = [entry.name for entry in (*sources.studies, *sources.models)]
     links = (element("a", heading, href=f"#{name}-section") for name, heading, _ in sections)
     notes = [f"Left out: {folder}: {why}." for folder, why in sources.left_out]
