@@ -175,7 +175,7 @@ def collect(
     return found
 
 
-def _completed(tensors: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
+def _completed(tensors: Mapping[str, Tensor], first: int) -> dict[str, Any]:
     """A batch with the optional columns filled in, and with the padding of each row at its end.
 
     Args:
@@ -317,7 +317,7 @@ def split_rows(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             if isinstance(t, Tensor)
         }
         row |= {"places": places[i] - i * start, "padded": False}
-        row["known"] = HostRows(*(column[i : i + 1] for column in rows))
+        row["known"] = HostRows._make(column[i : i + 1] for column in rows)
         if idle:
             row["weight"] = torch.zeros_like(row["weight"])
             row["known"] = row["known"]._replace(real=[False])
@@ -341,7 +341,7 @@ def watch_inputs(
             broadcasts with the weight: (in,), (in, 1) where that is stored transposed,
             (experts, 1, in) or (experts, in, 1).
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
 
     def of_layer(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         squares = _squares(_real(inputs[0].detach(), mask))

@@ -161,13 +161,17 @@ class Hutchinson(Hessian):
     def add(self, rows: MicroBatch, sums: GradientSums) -> None:
         buffers = sums.buffers(DIAGONAL)
         _, loss = rows.forward()
-        found = torch.autograd.grad(loss, sums.parameters, create_graph=True, allow_unused=True)
-        used = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
+        gradients = torch.autograd.grad(loss, sums.parameters, create_graph=True, allow_unused=True)
+        used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         for draw in range(self.samples):
             probes = rademacher(sums.parameters, stable_seed(rows.step_seed, draw))
-            given = ([of[i] for i in used] for of in (found, sums.parameters, probes))
-            more = draw + 1 < self.samples
-            products = torch.autograd.grad(*given, retain_graph=more, allow_unused=True)
+            products = torch.autograd.grad(
+                [gradients[i] for i in used],
+                [sums.parameters[i] for i in used],
+                [probes[i] for i in used],
+                retain_graph=draw + 1 < self.samples,
+                allow_unused=True,
+            )
             product_of = dict(zip(used, products, strict=True))
             for i, z in enumerate(probes):  # of all, used or not: a collective
                 product = product_of.get(i)
@@ -221,7 +225,7 @@ def choose_hessian(
     """
     option = hessian if isinstance(hessian, str) else resolve(Hessian, hessian, "hessian")
     name = option if isinstance(option, str) else type(option).__name__
-    if gamma != "auto":
+    if not isinstance(gamma, str):
         check_positive(gamma, "gamma")
         if option not in ("scalar", "auto"):
             message = f"a number is for hessian scalar, not for {name}; got {gamma}"

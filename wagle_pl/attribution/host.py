@@ -78,7 +78,7 @@ def on_disk(values: Tensor, folder: Optional[Path] = None) -> Tensor:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".sums-") as file:
-        file.write(memoryview(values.detach().cpu().contiguous().reshape(-1).numpy()).cast("B"))
+        file.write(values.detach().cpu().contiguous().reshape(-1).numpy().data.cast("B"))
         file.flush()
         mapped = torch.from_file(file.name, size=values.numel(), dtype=torch.float32)
     return mapped.view(values.shape)

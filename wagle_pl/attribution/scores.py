@@ -125,8 +125,8 @@ def try_out(
         generator = torch.Generator(device).manual_seed(0)
 
         def above_zero(shape: Sequence[int]) -> Tensor:
-            options = {"generator": generator, "device": device, "dtype": torch.float32}
-            return torch.rand(tuple(shape), **options) + 0.1
+            numbers = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+            return numbers.uniform_(generator=generator) + 0.1
 
         shape = shapes[name]
         w = WeightStatistics(name, theta=above_zero(shape) - 0.6)

@@ -108,12 +108,12 @@ def complete(
     """The specs with every option set and checked, and named; those with equal scores share one."""
     if not specs:
         raise WagleError("the list is empty", option="masks", hint="leave it out, or name a mask")
-    complete_specs, scores = [], {}
+    complete_specs, scores = [], dict[tuple[type, str], Score]()
     for spec in specs:
         if isinstance(spec, Mapping):
-            unknown = sorted(set(spec) - {field.name for field in fields(MaskSpec)})
-            if unknown:
-                raise WagleError(f"unknown key {unknown[0]!r}", option="masks")
+            strange = sorted(set(spec) - {field.name for field in fields(MaskSpec)})
+            if strange:
+                raise WagleError(f"unknown key {strange[0]!r}", option="masks")
             spec = MaskSpec(**spec)
         spec = replace(default, **{k: v for k, v in vars(spec).items() if v is not None})
         spec.score = resolve(Score, spec.score, "score")
@@ -315,9 +315,9 @@ class Collected:
                     bits_of_mask = shards[name].gather_bits(packed)
                     if first_rank:
                         chosen[name] = bits_of_mask
-            for spec, density, packed in zip(group, densities, selected, strict=True):
+            for spec, density, chosen in zip(group, densities, selected, strict=True):
                 made_by = {**metadata, **spec.options(), "density": float(density)}
-                yield spec, _whole_mask(packed, self.shapes, made_by) if first_rank else None
+                yield spec, _whole_mask(chosen, self.shapes, made_by) if first_rank else None
 
 
 def _whole_mask(
@@ -430,7 +430,7 @@ def mask_from_scores(
 ) -> WeightMask:
     """The mask from a folder of scores; if they are in fp32, the same as from the pass. Options are
     those of :class:`~wagle_pl.attribution.AttributionModule`."""
-    options = {"density": density, "select": select, "scope": scope}
+    options: dict[str, Any] = {"density": density, "select": select, "scope": scope}
     options |= {"include": include, "exclude": exclude}
     spec = MaskSpec(**options)
     spec.check()

@@ -341,7 +341,7 @@ class GradientSums:
                 self.buffers(squares)[position].addcmul_(gradient, gradient)
             if squared_norm:
                 parts = [piece.double().square().sum() for piece in pieces(gradient)]
-                self.add_vector(squared_norm, str(position), sum(parts))
+                self.add_vector(squared_norm, str(position), sum(parts[1:], parts[0]))
             gradient.zero_()
 
     def count(self, name: str, amount: float) -> None:

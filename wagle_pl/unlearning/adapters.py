@@ -55,7 +55,11 @@ class LoRA:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise WagleError("adapter: LoRA needs peft: pip install 'wagle-pl[lora]'") from None
-        options = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        options: dict[str, Any] = {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+        }
         options |= {"target_modules": self.target_modules, "base_model_name_or_path": base}
         try:
             self._peft = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **options))

@@ -100,9 +100,9 @@ def check_packing(module: FinetuneModule) -> None:
 
 
 class StepLosses(NamedTuple):
-    """One micro-batch of a step: its index in the epoch, its rows by stream, and its losses."""
+    """One micro-batch of a step: its number in the epoch, its rows by stream, and its losses."""
 
-    index: int
+    number: int
     rows: dict[str, Tensor]
     losses: Mapping[str, Any]  # tensors; numbers, once they have been read
 
@@ -132,7 +132,7 @@ class FiniteSteps(LateReading):
         names, largest = list(gradients), _largest(gradients.values()) if gradients else None
         checked = [batch.losses["loss"].float().view(1) for batch in batches]
         checked += [] if largest is None else [largest]
-        finite = torch.cat(checked).isfinite().all()
+        finite = torch.cat(checked or [torch.zeros(1)]).isfinite().all()
         failed = distributed.all_reduce_sum((~finite).float()).view(1)
         losses = [loss for batch in batches for loss in batch.losses.values()]
         losses = [loss.float().view(1).to(failed.device) for loss in losses]
@@ -144,7 +144,7 @@ class FiniteSteps(LateReading):
                 batch._replace(losses={name: next(known) for name in batch.losses})
                 for batch in batches
             ]
-            self.losses = read_batches[-1].losses if read_batches else {}
+            self.losses = dict(read_batches[-1].losses) if read_batches else {}
             if failed:
                 entries = [] if largest is None else largest.tolist()
                 _refuse_step(read_batches, dict(zip(names, entries, strict=True)), step)
@@ -157,12 +157,12 @@ def _refuse_step(
 ) -> NoReturn:
     """Say which loss, or the largest entry of which gradient, is not finite. Collective."""
     reasons = []
-    for index, rows, losses in batches:
+    for number, rows_of, losses in batches:
         if not math.isfinite(losses["loss"]):
-            rows = {stream: row.tolist() for stream, row in rows.items()}
+            rows = {stream: row.tolist() for stream, row in rows_of.items()}
             values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
             reasons.append(
-                f"loss is not finite at step {step} (batch {index}, rows {rows}): {values}"
+                f"loss is not finite at step {step} (batch {number}, rows {rows}): {values}"
             )
     if not reasons:
         reasons = [

@@ -50,6 +50,7 @@ def export(
     """
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     path, where = Path(path), f"checkpoint {path}"
+    read: Callable[[str], Tensor]
     if path.is_dir() and (path / "index.json").is_file():
         ranks = ShardedCheckpoint(path)
         checkpoint, read = ranks.common, ranks.weight

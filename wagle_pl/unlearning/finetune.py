@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
@@ -308,7 +308,7 @@ class FinetuneModule(LanguageModule):
         step, self._step = self._step, []
         self.end_step([batch.losses for batch in step])
 
-    def end_step(self, losses: list[dict[str, Tensor]]) -> None:
+    def end_step(self, losses: Sequence[Mapping[str, Tensor]]) -> None:
         """Called on all ranks with the losses of a step: one dict per micro-batch of the rank."""
 
     def configure_gradient_clipping(

@@ -60,7 +60,8 @@ class MaskedAdamW(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
+        options["weight_decay"] = weight_decay
         _check(**options)
         super().__init__(params, **options, fused=True)
         self._step_supports_amp_scaling = False  # Lightning then scales, and can clip

@@ -320,14 +320,14 @@ def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source
 
 def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optional[list[str]]:
     """Patches that a model's record lists; None if the model is exactly the patch's ``source``."""
-    found, end = digest_of(files), getattr(patch, source)
-    if found == end:
+    digest, end = digest_of(files), getattr(patch, source)
+    if digest == end:
         return None
     noted = read_record(str(folder)).get("patched") or {}
-    if noted.get("fingerprint") != found or noted.get("base") != patch.base:
+    if noted.get("fingerprint") != digest or noted.get("base") != patch.base:
         verb = "applies to" if source == "base" else "reverts"
         raise WagleError(
-            f"patch {patch.path} {verb} the model with digest {end[:12]}, {folder} is {found[:12]}"
+            f"patch {patch.path} {verb} the model with digest {end[:12]}, {folder} is {digest[:12]}"
         )
     is_in = patch.identity in noted["patches"]
     if source == "unlearned" and not is_in:

@@ -169,15 +169,15 @@ class MUDMAN(StepRule):
             forget, relearn = step.again(
                 "forget_loss", lambda at: at.mean("forget", at["forget"].nll)
             )
-        size, found = norm(forget), {}
+        size, gradients = norm(forget), {}
         for name, u in forget.items():
             retain = self._retain[name] = self._retain[name].to(u.device)
             retain.lerp_(step.gradients["retain_loss"][name], 1 - self.momentum)
             self._adversary[name] = (
                 self._adversary[name].to(u.device) - self.adversary_lr * relearn[name]
             )
-            found[name] = retain + torch.where(retain.sign() == u.sign(), u / size, 0.0)
-        return found
+            gradients[name] = retain + torch.where(retain.sign() == u.sign(), u / size, 0.0)
+        return gradients
 
     def state_dict(self) -> dict[str, Any]:
         state = {"retain": self._retain, "adversary": self._adversary}
@@ -223,19 +223,19 @@ class RepSelect(StepRule):
             )
 
     def gradient(self, step: Step) -> Gradients:
-        basis, found = step.gradients[f"{self.of}_loss"], {}
+        basis, collapsed = step.gradients[f"{self.of}_loss"], {}
         for name, gradient in step.gradients["forget_loss"].items():
-            whole, other = step.whole(name, gradient), step.whole(name, basis[name])
+            matrix, other = step.whole(name, gradient), step.whole(name, basis[name])
             # what is not finite has no singular vectors; the checks of the run refuse it
-            if whole.dim() == 2 and whole.isfinite().all() and other.isfinite().all():
+            if matrix.dim() == 2 and matrix.isfinite().all() and other.isfinite().all():
                 u, s, v = self._principal(other)
                 soft = self.collapse == "soft" and len(s)
                 share = 1 - s.min() / s if soft else torch.ones_like(s)
-                whole = whole - (whole @ v * share) @ v.mT
-                whole = whole - u @ (share[:, None] * (u.mT @ whole))
-                gradient = step.selected(name, whole)
-            found[name] = gradient
-        return step.total(forget_loss=found)
+                matrix = matrix - (matrix @ v * share) @ v.mT
+                matrix = matrix - u @ (share[:, None] * (u.mT @ matrix))
+                gradient = step.selected(name, matrix)
+            collapsed[name] = gradient
+        return step.total(forget_loss=collapsed)
 
     def _principal(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """U, S, V of the first components, without those that are only rounding errors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class TermGradients:
         """Add the gradients of a micro-batch's terms to those of the step."""
         parts, self._parts = self._parts, []
         leaves = [leaf for _, leaf, _ in parts]
-        options = {"retain_graph": True, "allow_unused": True}
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
         factors = torch.autograd.grad(loss, leaves, **options) if leaves else ()
         for (name, _, gradient), factor in zip(parts, factors, strict=True):
             if factor is not None:
@@ -90,8 +90,8 @@ class TermGradients:
         }
 
 
-def add(total: Gradients, found: Gradients, factor: Optional[Tensor] = None) -> None:
+def add(total: Gradients, other: Gradients, factor: Optional[Tensor] = None) -> None:
     """Add a gradient, times a factor, to another, in place."""
-    for name, gradient in found.items():
+    for name, gradient in other.items():
         gradient = gradient if factor is None else gradient.mul_(factor)
         total[name] = total[name].add_(gradient) if name in total else gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -331,18 +331,19 @@ class UnlearnModule(FinetuneModule):
                 selected=lambda name, whole: tensors[name].taken(whole, whole.dtype),
             )
             with torch.no_grad():
-                found = self.step_rule.gradient(step)
+                gradients = self.step_rule.gradient(step)
             for name, values in step.values.items():
-                values.grad = found[name]
+                values.grad = gradients[name]
         super().on_before_optimizer_step(optimizer)
 
-    def end_step(self, losses: list[dict[str, Tensor]]) -> None:
+    def end_step(self, losses: Sequence[Mapping[str, Tensor]]) -> None:
         """Pass the losses over the global batch to the objective, if it uses them. Collective."""
         if type(self.objective).after_step is Objective.after_step:
             return
-        means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
-        ranks = distributed.world_size()
-        means = {name: distributed.all_reduce_sum(v).item() / ranks for name, v in means.items()}
+        means, ranks = dict[str, float](), distributed.world_size()
+        for name in losses[0]:
+            mean = torch.stack([part[name] for part in losses]).mean()
+            means[name] = distributed.all_reduce_sum(mean).item() / ranks
         self.objective.after_step(means, self.current_epoch)
 
     # -- checkpoints -------------------------------------------------------------------------------
