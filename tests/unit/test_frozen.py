@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -108,14 +110,19 @@ class Unlearn(UnlearnModule):
         """Nothing is written."""
         return []
 
-    def _note_rounding(self) -> None:
-        """There are no files."""
-
     def export(self, record: dict[str, Any]) -> None:
         self.written = self._verified
 
     def record(self) -> dict[str, Any]:
         return {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_files() -> Iterator[None]:
+    """A stack is loaded from no files, which could round its values."""
+    finetune = "wagle_pl.unlearning.finetune"
+    with patch(f"{finetune}.Originals"), patch(f"{finetune}.moves_kept", return_value=None):
+        yield
 
 
 def made(widths: list[int], seed: int, precision: str) -> Stack:
