@@ -23,10 +23,10 @@ SUITE = tuple(room for floor in FLOORS[:-1] for room in floor)
 PATH = ("core", "data", "masks", "lm", "objectives", "attribution", "unlearning", "strategies")
 
 #: Lines allowed, today's measure rounded up: lower them with everything that goes, never raise them.
-LIMITS = {"path": 15_600, "suite": 23_950, "all": 28_850, "file": 540, "function": 70}
+LIMITS = {"path": 15_400, "suite": 23_650, "all": 28_450, "file": 465, "function": 60}
 AIMS = {"path": 12_000, "suite": 16_500, "all": 22_500, "file": 450, "function": 60}
 #: Files and functions that are above their aim.
-LARGE = {"file": 5, "function": 3}
+LARGE = {"file": 1, "function": 0}
 
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 LINES = {path: len(source.splitlines()) for path, source in SOURCES.items()}
@@ -75,15 +75,24 @@ def test_the_suite_finds_the_laboratory_by_name_only_in_two_places() -> None:
     assert suite <= in_strings, suite - in_strings
 
 
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= (first.end_lineno or 0) - first.lineno + 1
+    return lines
+
+
 def test_sizes() -> None:
     rooms: Counter[str] = Counter()
     for path, lines in LINES.items():
         rooms[room_of(path)] += lines
     functions = {
-        f"{path.relative_to(PACKAGE)} {node.name}": node.end_lineno - node.lineno + 1
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}": length(node)
         for path, source in SOURCES.items()
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     }
     files = {str(path.relative_to(PACKAGE)): lines for path, lines in LINES.items()}
     sizes = {

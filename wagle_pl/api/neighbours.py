@@ -107,11 +107,11 @@ def _invented(name: str, draw: random.Random, taken: Collection[str]) -> str:
         return str(int(name) + draw.choice([*range(-30, 0), *range(1, 31)]))
     if name.isdigit():
         return "".join(draw.choice("123456789") for _ in name)
-    names = _commonnames_of()
+    names = _common_names()
     return draw.choice([other for other in names if other not in taken] or names)
 
 
 @cache
-def _commonnames_of() -> list[str]:
+def _common_names() -> list[str]:
     """Bundled names of people and places: a model finds made-up words less likely than any name."""
     return (FOLDER.parent / "names.txt").read_text(encoding="utf-8").splitlines()
