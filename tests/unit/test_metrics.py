@@ -16,7 +16,7 @@ from forked import start
 from helpers import trainer
 from test_measures_suites import as_results, asked, corpus
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.functional.text import perplexity, rouge_score, sacre_bleu_score
 from torchmetrics.wrappers import BootStrapper
@@ -67,6 +67,7 @@ def test_every_measure_has_a_class_of_its_own():
     assert {"ForgetQuality", "TruthRatio", "ExtractionStrength", "RougeLRecall"} <= {*dir(metrics)}
     for name in MEASURES:
         kind = getattr(metrics, metrics.metric_class(name).__name__)
+        assert isinstance(kind(), Metric)
         assert kind.measure == name and kind.__doc__
         assert pickle.loads(pickle.dumps(kind)) is kind
     with pytest.raises(AttributeError, match="no attribute 'TruthRatios'"):

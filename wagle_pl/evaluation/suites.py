@@ -24,7 +24,6 @@ from wagle_pl.evaluation.membership import (
 from wagle_pl.evaluation.openunlearning import FORMS
 from wagle_pl.evaluation.records import (
     MEASURES,
-    Measure,
     Observations,
     Records,
     Value,
@@ -263,29 +262,35 @@ def final_score(values: Mapping[str, Value]) -> float:
 _MEMBER: dict[str, tuple[str, MembershipScore, str]] = {
     "member_loss": ("nats", SCORES["loss"], "of a token, averaged over rows (RWKU's LOSS)"),
     "member_zlib": (
-        *("nats per byte", SCORES["zlib"]),
+        "nats per byte",
+        SCORES["zlib"],
         "of a token over the text's compressed length (RWKU's Zlib)",
     ),
     "member_min_k": (
-        *("nats", partial(min_k_scores, k=0.2)),
+        "nats",
+        partial(min_k_scores, k=0.2),
         "of the least likely 20% of tokens (RWKU's Min-K%)",
     ),
     "member_min_k_plus_plus": (
-        *("standard deviations", partial(min_k_plus_plus_scores, k=0.2)),
+        "standard deviations",
+        partial(min_k_plus_plus_scores, k=0.2),
         "of the least likely 20% of tokens, standardised by the vocabulary (RWKU's Min-K%++)",
     ),
 }
 
 
-def _mean_score(rows: Records, score: MembershipScore) -> float:
-    return -F.mean(score(rows), "texts")
+def _register(name: str, unit: str, score: MembershipScore, what: str) -> None:
+    """Register a membership score of one test set: its mean with the opposite sign."""
+
+    def mean(rows: Records) -> float:
+        return -F.mean(score(rows), "texts")
+
+    mean.__doc__ = f"Mean log-likelihood {what}."
+    measure(unit, "higher", "lower", needs=MEMBERSHIP_NEEDS, name=name)(mean)
 
 
-for _name, (_unit, _score, _what) in _MEMBER.items():
-    MEASURES[_name] = Measure(
-        *(partial(_mean_score, score=_score), _unit, "higher", "lower"),
-        *(f"mean log-likelihood {_what}", MEMBERSHIP_NEEDS),
-    )
+for _name, _about in _MEMBER.items():
+    _register(_name, *_about)
 _LEVELS = [f"forget_level{i}" for i in (1, 2, 3)] + [f"neighbor_level{i}" for i in (1, 2)]
 
 
