@@ -74,9 +74,8 @@ def forget(
     trained with the objective until the forget rows are no more probable than rows of the same form
     that the model has never seen (other names, other numbers), in the rows' words and in others.
     The verdict applies the same bound, see :mod:`wagle_pl.api.verdict`. If the model does not know
-    the rows, it is not trained. The verdict is about what was asked: a fact may still be told in
-    answer to a question of another form, such as a statement to complete or a yes-or-no question,
-    if no row has that form.
+    the rows, it is not trained. The verdict is about what was asked: the model may still know a fact
+    in another form, such as a statement to complete or a yes-or-no question, if no row has it.
 
     A loaded model is changed in place. If the call fails or is interrupted, its weights are again
     what they were; in every case its flags, dtypes, devices and the random state are.
@@ -399,7 +398,7 @@ def _example(example: Example, answer: str) -> str:
 
 
 def _check_options(data: Mapping[str, Any]) -> None:
-    """Refuse options that are none of the data module's."""
+    """Refuse a call without gradients, and options that are none of the data module's."""
     if torch.is_inference_mode_enabled():
         raise WagleError("forget: needs gradients; call it outside torch.inference_mode()")
     options = option_names(ForgetRetainDataModule)

@@ -77,12 +77,11 @@ def rows_of(source: Rows, name: str) -> GivenRows:
 
 def _row(item: Union[str, Row], name: str, number: int) -> Row:
     if isinstance(item, Mapping):
-        return {
-            column: value.strip()
-            if column in ("question", "answer") and isinstance(value, str)
-            else value
-            for column, value in item.items()
-        }
+        row = dict(item)
+        for column in ("question", "answer"):
+            if isinstance(row.get(column), str):
+                row[column] = row[column].strip()
+        return row
     if not isinstance(item, str):
         raise WagleError(
             f"{name}: row {number} must be a question or a dict with columns, got "

@@ -166,7 +166,6 @@ class GlobalBatchSampler:
         self.start = Position()
         skipped = self.micro_batches(start)
         seen: dict[str, Counter[int]] = {stream: Counter() for stream in self.lengths}
-        drawn = self.epoch % self.period if self.period else self.epoch
         for step, batch in enumerate(self._batches(self.epoch)):
             done = start.rows if step == start.step else 0
             global_rows = {stream: rows.tolist() for stream, rows in batch.items()}
@@ -176,7 +175,7 @@ class GlobalBatchSampler:
             }
             for micro in range(max(0, skipped - step * self.accumulate), self.accumulate):
                 cells = {stream: cells[micro][self.rank] for stream, cells in dealt.items()}
-                yield Draw(drawn, cells, global_rows)
+                yield Draw(self._drawn(self.epoch), cells, global_rows)
 
     def position(self, epoch: int, micro_batches: int) -> Position:
         """The position in an epoch after some of its micro-batches."""
@@ -190,8 +189,11 @@ class GlobalBatchSampler:
         return position.step * self.accumulate + within
 
     def _batches(self, epoch: int) -> list[dict[str, np.ndarray]]:
-        drawn = epoch % self.period if self.period else epoch
-        return epoch_batches(self.lengths, self.global_batch, self.seed, drawn)
+        return epoch_batches(self.lengths, self.global_batch, self.seed, self._drawn(epoch))
+
+    def _drawn(self, epoch: int) -> int:
+        """The epoch whose rows an epoch repeats."""
+        return epoch % self.period if self.period else epoch
 
     def _bounds(self, epoch: int, step: int) -> list[int]:
         first = next(iter(self._batches(epoch)[step].values()))

@@ -259,7 +259,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 option="data.unused_retain",
             )
         unused = spread(list(range(len(rows))), self.unused_retain)
-        kept = [row for i, row in enumerate(rows) if i not in set(unused)]
+        apart = set(unused)
+        kept = [row for i, row in enumerate(rows) if i not in apart]
         return kept, [rows[i] for i in unused]
 
     def test_names(self) -> list[str]:

@@ -73,11 +73,15 @@ _USUAL: dict[str, tuple[MembershipScore, str, Collection[str]]] = {
     "zlib": (_zlib, "by loss over compressed length", {"answer"}),
     "min_k": (partial(min_k_scores, k=MIN_K), "by Min-40% Prob", {"answer", "tokens"}),
     "min_k_plus_plus": (
-        *(partial(min_k_plus_plus_scores, k=MIN_K), "by Min-40%++", MEMBERSHIP_NEEDS),
+        partial(min_k_plus_plus_scores, k=MIN_K),
+        "by Min-40%++",
+        MEMBERSHIP_NEEDS,
     ),
     "reference": (_reference, "against a reference model", {"answer"}),
     "gradnorm": (
-        *(lambda rows: rows.numbers("gradient_norm"), "by gradient norm", {"answer", "gradient"}),
+        lambda rows: rows.numbers("gradient_norm"),
+        "by gradient norm",
+        {"answer", "gradient"},
     ),
 }
 SCORES = {name: score for name, (score, _, _) in _USUAL.items()}

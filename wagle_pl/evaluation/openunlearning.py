@@ -54,8 +54,10 @@ class Metric(NamedTuple):
 
     def entry_of(self, record: Record) -> Log:
         """The entry of a row."""
-        values = {k: f if isinstance(f, str) else f(record) for k, f in self.entry.items()}
-        values |= {key: record.get(column) for key, column in self.columns.items()}
+        values = {
+            key: record.get(source) if isinstance(source, str) else source(record)
+            for key, source in self.entry.items()
+        }
         return {key: value for key, value in values.items() if value is not None}
 
 

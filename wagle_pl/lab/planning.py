@@ -431,10 +431,8 @@ def plan(*, model: str, hessian: str = "auto", **options: Any) -> None:
         about["CPU memory"] = f"{_gib(host_bytes(shape, run))} GiB per rank"
     files = disk_bytes(run, shape.weights, shape.stored).items()
     about["disk"] = ", ".join(f"{name} {_gib(size)} GiB" for name, size in files) or "tables only"
-    unit, parts = (
-        f"GiB per {'GPU' if run.accelerator == 'gpu' else 'process'}",
-        device_parts(shape, run),
-    )
+    unit = f"GiB per {'GPU' if run.accelerator == 'gpu' else 'process'}"
+    parts = device_parts(shape, run)
     rows = [[p.name, *(_gib(p.bytes) if m in p.moments else "" for m in MOMENTS)] for p in parts]
     rows.append(["total", *(_gib(at(parts, moment)) for moment in MOMENTS)])
     others = [

@@ -67,7 +67,7 @@ class Restriction(NamedTuple):
                 made_by |= {"model": model, "model_fingerprint": fingerprint}
             bits = {name: filled_bits(prod(s), self.takes(name)) for name, s in shapes.items()}
             masks.append(WeightMask(bits, shapes, made_by))
-            if not any(bits.any() for bits in bits.values()):
+            if not any(packed.any() for packed in bits.values()):
                 raise WagleError(
                     f"nothing is selected: the model has no weights in {masks[-1].origin}"
                 )

@@ -53,17 +53,15 @@ def export(
     read: Callable[[str], Tensor]
     if path.is_dir() and (path / "index.json").is_file():
         ranks = ShardedCheckpoint(path)
-        checkpoint, read = ranks.common, ranks.weight
-        names = [*ranks.shapes] if ranks.pieces.get("weight") else []
+        checkpoint = check(ranks.common, Fields, where)
+        names, read = [*ranks.shapes] if ranks.pieces.get("weight") else [], ranks.weight
     elif path.is_file() and path.suffix != ".gguf":
-        checkpoint = load_plain(path, where)
-        check(checkpoint, Fields, where)
+        checkpoint = check(load_plain(path, where), Fields, where)
         stored = (checkpoint.get("state_dict") or {}).items()
         state = {key.removeprefix(PREFIX): t for key, t in stored if key.startswith(PREFIX)}
         names, read = [*state], state.__getitem__
     else:
         return _convert(str(path), output)
-    check(checkpoint, Fields, where)
     if not names or not checkpoint.get("model"):
         raise WagleError(f"{where} holds no weights of a language model (attribution moves none)")
     about = checkpoint["model"]
