@@ -1,6 +1,7 @@
 """Models that cannot be loaded: one line that says why, and no hub is asked for a plain path."""
 
 import json
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -226,3 +227,15 @@ def test_a_folder_is_read_by_transformers_before_5(tiny_model, tmp_path, named):
     assert again.chat_template == tokenizer.chat_template
     assert again.all_special_tokens == tokenizer.all_special_tokens
     assert load_model(str(folder)).config.rope_parameters == model.config.rope_parameters
+
+
+def test_loading_says_nothing_of_layers_that_are_not_sharded(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers compares a model with its plan for tensor parallelism if the level of one of its loggers is high."""
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    monkeypatch.setattr(library, "level", logging.WARNING)
+    load_model(tiny_model)
+    library.removeHandler(caplog.handler)
+    assert not caplog.messages

@@ -68,7 +68,7 @@ def load_model(
         return merged(load_model(base, dtype, attn_implementation=attn_implementation), name)
     source, options = locate(name)
     load_config(name)
-    with loading(f"model {name!r}", name), errors_only("transformers.modeling_utils"):
+    with loading(f"model {name!r}", name), errors_only("transformers"):
         model, keys = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or torch.get_default_dtype(),
