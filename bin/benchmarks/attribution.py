@@ -90,7 +90,7 @@ def measure_selection(settings: Settings) -> list[Result]:
         found["sorts"] = flat.abs().argsort(descending=True).argsort() < k
 
     sides = {"ours": lambda: seconds(ours), "two_argsorts": lambda: seconds(sorts)}
-    times = alternate(settings.repeats, sides)
+    times = alternate(settings, sides)
     mask = WeightMask(found["ours"], {name: tensor.shape for name, tensor in scores})
     parts = found["sorts"].split([tensor.numel() for _, tensor in scores])
     pairs = zip(mask, parts, strict=True)
@@ -125,7 +125,7 @@ def measure_gradient_pass(settings: Settings) -> list[Result]:
     that lets the model compute its loss over all positions is reported beside it.
     """
     lm = models.load_model(settings.model)
-    name = fingerprint(lm.named_parameters())
+    name = fingerprint(lm)
     batches: list[Any] = []
 
     def trainer() -> float:
@@ -141,7 +141,7 @@ def measure_gradient_pass(settings: Settings) -> list[Result]:
         "bare": lambda: bare_pass(lm, batches, same_logits=True),
         "bare_all_logits": lambda: bare_pass(lm, batches, same_logits=False),
     }
-    speeds = alternate(settings.repeats, sides)
+    speeds = alternate(settings, sides)
     at = {side: median(values) for side, values in speeds.items()}
     ratio, to_all_logits = (at["trainer"] / at[side] for side in ("bare", "bare_all_logits"))
     raw = {"tokens_per_second": speeds, "ratio_to_bare_all_logits": to_all_logits}
@@ -190,7 +190,7 @@ def measure_whole(settings: Settings) -> list[Result]:
         return seconds(lambda: fit(module, settings, max_epochs=1))
 
     sides = {"ours": ours, "plain_script": lambda: plain_script(settings)}
-    runs = alternate(settings.repeats, sides)
+    runs = alternate(settings, sides)
     raw = {
         "seconds": runs,
         "seconds_with_hessian_auto": ours(hessian="auto"),
@@ -307,7 +307,7 @@ def measure_memory(settings: Settings) -> list[Result]:
     def side(kept: str) -> Any:
         return lambda: in_fresh_process(settings, "attribution_peak", kept=kept)
 
-    peaks = alternate(settings.repeats, {kept: side(kept) for kept in ("floor", *KEPT)})
+    peaks = alternate(settings, {kept: side(kept) for kept in ("floor", *KEPT)})
     weights = sum(prod(shape) for shape in shapes_of(settings.model).values())
     floor = "forward passes over the same batches, their graphs alive: weights and activations"
     common = {"floor": floor, "floor_bytes": peaks["floor"], "weights": weights}
@@ -407,7 +407,7 @@ def measure_sums(settings: Settings) -> list[Result]:
     }  # threads that spin would take hours beside other work
     model = random_llama(settings)
     sides = {p: lambda p=p: in_fresh_process(settings, "sums_peak", place=p) for p in PLACES}
-    runs = alternate(settings.repeats, sides)
+    runs = alternate(settings, sides)
     sizes = [prod(shape) for shape in shapes_of(model).values()]
     at = {place: median(run["bytes"] for run in runs[place]) for place in PLACES}
     times = {place: median(run["seconds"] for run in runs[place]) for place in PLACES}

@@ -67,6 +67,7 @@ class Settings:
     baseline_rows: int = 8  # that a baseline's pass is timed on; the time is scaled to all rows
     baseline_densities: int = 1  # that a baseline writes; the time is scaled to all
     shape: str = "0.1b"  # of a Llama with random weights, where a row makes one
+    deadline: float = float("inf")  # on the monotonic clock: no repeat begins that would end later
 
     @property
     def forget(self) -> str:
@@ -96,10 +97,17 @@ def result(
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def alternate(repeats: int, sides: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
-    """Run every side in turn, A B A B, so that what else the machine does falls on all of them; name -> results."""
+def alternate(settings: Settings, sides: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+    """Run every side in turn, A B A B, so that what else the machine does falls on all of them; name -> results.
+
+    Each runs as often as the settings say, or as there is time for, but once.
+    """
     results: dict[str, list[Any]] = {name: [] for name in sides}
-    for _ in range(repeats):
+    started = time.monotonic()
+    for repeat in range(settings.repeats):
+        now = time.monotonic()
+        if repeat and now + (now - started) / repeat > settings.deadline:
+            break
         for name, run in sides.items():
             results[name].append(run())
             gc.collect()
@@ -321,18 +329,21 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
     os.dup2(2, 1)  # what libraries print goes to stderr: stdout holds the report and nothing else
     with tempfile.TemporaryDirectory(prefix="wagle-bench-") as scratch:
         try:
-            settings = _prepare(options, scratch)
+            settings = prepare(options, scratch)
         except WagleError as error:
             fail(str(error))
         report = _describe(benchmark, options, settings)
-        for name in options.rows:
-            report["rows"] += _measure(name, rows[name], settings)
+        end = time.monotonic() + 60 * options.minutes
+        print(f"{'row':34} {'value':>9}   bar", file=sys.stderr, flush=True)
+        for number, name in enumerate(options.rows):
+            now = time.monotonic()
+            settings.deadline = now + max(0.0, end - now) / (len(options.rows) - number)
+            report["rows"] += run_row(name, rows[name], settings)
             report["machine"]["load_average_after"] = os.getloadavg()
             if options.output:  # after every row: what is measured stays when the run is stopped
                 with atomic_path(Path(options.output)) as temporary:
                     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1), file=stdout, flush=True)
-    print(_table(report["rows"]), file=sys.stderr)
 
 
 def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
@@ -342,6 +353,7 @@ def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
     add("--tofu", help="folder with TOFU's forget01.json and retain99.json; default: the people")
     add("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
     add("--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)")
+    add("--minutes", type=float, default=10.0, help="after which no more repeats begin; default 10")
     add("--shape", default="0.1b", help="of the row sums: a Llama of 0.1b, 0.25b or 1.2b weights")
     add("--quick", action="store_true", help="a tiny model, few rows: shows only that it runs")
     add("--full", action="store_true", help="run the padded baselines whole, without scaling")
@@ -356,7 +368,7 @@ def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
     return options
 
 
-def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
+def prepare(options: argparse.Namespace, scratch: str) -> Settings:
     """Write the rows (and the tiny model) that the measurements read."""
     if options.tofu:
         source, files = "TOFU forget01 and retain99", ("forget01.json", "retain99.json")
@@ -382,16 +394,16 @@ def _prepare(options: argparse.Namespace, scratch: str) -> Settings:
     return settings
 
 
-def _measure(name: str, measure: Measure, settings: Settings) -> list[Result]:
-    print(f"{name} ...", end="", flush=True, file=sys.stderr)
-    started = time.perf_counter()
+def run_row(name: str, measure: Measure, settings: Settings) -> list[Result]:
+    """A row's results, printed as soon as they are there."""
+    started = time.monotonic()
     try:
         results = measure(settings)
     except Exception as error:  # whatever went wrong with one row, the others are still wanted
-        print(file=sys.stderr)
         traceback.print_exc()
         results = [{"name": name, "error": f"{type(error).__name__}: {error}"}]
-    print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    lines = "\n".join(map(_line, results))
+    print(f"{lines}   ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
     return results
 
 
@@ -444,12 +456,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _table(results: Sequence[Result]) -> str:
-    lines = [f"{'row':34} {'value':>9}   bar"]
-    for row in results:
-        if "error" in row:
-            lines.append(f"{row['name']:34} failed: {row['error']}")
-            continue
-        bar = f"{row['wanted']} {row['bar']:g} {row['unit']}: {'met' if row['met'] else 'MISSED'}"
-        lines.append(f"{row['name']:34} {row['value']:9.3f}   {bar}")
-    return "\n".join(lines)
+def _line(row: Result) -> str:
+    if "error" in row:
+        return f"{row['name']:34} failed: {row['error']}"
+    bar = f"{row['wanted']} {row['bar']:g} {row['unit']}: {'met' if row['met'] else 'MISSED'}"
+    return f"{row['name']:34} {row['value']:9.3f}   {bar}"

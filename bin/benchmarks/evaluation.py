@@ -169,7 +169,7 @@ def measure_likelihoods(settings: Settings) -> list[Result]:
             settings.model, 2048, torch.float32, backward=False
         ),
     }
-    runs = alternate(settings.repeats, sides)
+    runs = alternate(settings, sides)
     at = {name: median(values) for name, values in runs.items()}
     plain, ratio, shared = (at[n] / at["batched"] for n in ("plain", "published", "unshared"))
     raw = figures(bench, seconds=runs)
@@ -195,7 +195,7 @@ def measure_generation(settings: Settings) -> list[Result]:
         "batched": lambda: seconds(bench.generated),
         "alone": lambda: seconds(bench.generated_alone),
     }
-    runs = alternate(settings.repeats, sides)
+    runs = alternate(settings, sides)
     ratio = median(runs["alone"]) / median(runs["batched"])
     raw = figures(bench, seconds=runs, max_new_tokens=NEW_TOKENS)
     return [result("generation", ratio, 5, True, "x faster than one at a time", raw)]
