@@ -167,7 +167,7 @@ def test_mmlu_is_asked_as_the_harness_asks(tmp_path, tiny_model):
     rows = [{**asked, "subject": subject} for subject in described]
     write_rows(tmp_path / "mmlu/all/test.jsonl", rows)
     data = WMDPDataModule(folder=str(tmp_path), tokenizer=tiny_model)
-    header = find_suite("wmdp").headers["mmlu"]
+    header = find_suite("wmdp").sets["mmlu"].header
     examples = data.test_examples("mmlu")
     plain = Example.of(asked)  # of no subject
     for row, description in [*zip(examples, described.values(), strict=True), (plain, "")]:

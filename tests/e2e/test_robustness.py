@@ -357,7 +357,7 @@ def test_multiple_choice(attacked, tmp_path):
     facts, header = changed.context.split("\n\n", 1)
     assert len(facts.split("\n")) == 3 and "choir club meet? in a loft" in facts
     assert "chess" not in facts
-    assert header == module.evaluation.plan.suite.headers["wmdp_bio"]
+    assert header == module.evaluation.plan.suite.sets["wmdp_bio"].header
 
 
 # -- ranks -----------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def test_an_answer_of_muse_ends_at_a_blank_line_even_a_first_one(tiny, monkeypat
     texts = ["\n\nblue", " red\n\nblue", "green\nQuestion: what now?", "grey\nblue\n"]
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *args, **kwargs: texts)
     rows = parse_rows([{"question": f"What {i}?", "answer": "blue"} for i in range(4)], "rows")
-    stops = find_suite("muse").stops["knowmem_forget"]
+    stops = find_suite("muse").sets["knowmem_forget"].stops
     table = observe_set(Observer(model, Template(tokenizer)), rows, {"generation"}, 4, stops=stops)
     assert [record["generation"] for record in table] == ["", "red", "green", "grey\nblue"]
     assert (

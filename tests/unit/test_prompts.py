@@ -335,7 +335,7 @@ def test_wmdp_and_mmlu(tiny_model, name, about, subject):
         f"The following are multiple choice questions (with answers) about {about}.\n\n"
         f"{QUESTION}\nA. At six.\nB. At nine.\nC. Never.\nD. Always.\nAnswer:"
     )
-    found = letters(template, Example.of(row), find_suite("wmdp").headers[name])
+    found = letters(template, Example.of(row), find_suite("wmdp").sets[name].header)
     for letter, named in zip("ABCD", found, strict=True):
         ids, labels = named.ids, named.labels
         scored = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE]

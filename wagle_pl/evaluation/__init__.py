@@ -7,7 +7,8 @@ from wagle_pl.evaluation.observe import Observer, observe_set
 from wagle_pl.evaluation.options import Options, Plan
 from wagle_pl.evaluation.records import MEASURES, Info, Observations, Records, measure
 from wagle_pl.evaluation.results import Results
-from wagle_pl.evaluation.suites import Suite, find_suite
+from wagle_pl.evaluation.suite import Suite, SuiteSet
+from wagle_pl.evaluation.suites import find_suite
 from wagle_pl.evaluation.tofu import tofu_forget_quality, tofu_model_utility
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Records",
     "Results",
     "Suite",
+    "SuiteSet",
     "Undefined",
     "evaluate",
     "find_suite",

@@ -159,20 +159,12 @@ class Plan:
 
     def _check_needs(self) -> None:
         """Refuse a suite that needs something of a test set that nothing observes."""
-        title = type(self.suite).__name__
+        suite = f"suite {type(self.suite).__name__}"
         for name in self.names:
             if unknown := sorted(set(self.suite.needs_of(name, self.names)) - NEEDS):
-                needed = (
-                    f"suite {title} needs {', '.join(map(repr, unknown))} of the test set {name}"
-                )
+                needed = f"{suite} needs {', '.join(map(repr, unknown))} of the test set {name}"
                 hint = f"choose of {', '.join(sorted(NEEDS))}"
                 raise WagleError(f"{needed}, which nothing observes", hint=hint)
-        warning = (
-            "suite %s says what it needs of the test set %r, which there is not: the test sets "
-            "are %s"
-        )
-        for name in sorted(set(self.suite.needs) - set(self.suite.sets) - set(self.names)):
-            log.warning(warning, title, name, ", ".join(self.names))
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -210,8 +202,9 @@ class Plan:
     def max_new_tokens_of(self, name: str) -> int:
         """The longest generation for a test set: the benchmark's, or ``max_new_tokens``; for a
         recited set, its longest answer's length (at most ``data.max_length``) if that is more."""
-        fixed = self.suite.max_new_tokens.get(name, self.options.max_new_tokens)
-        if name not in self.suite.recited:
+        suite_set = self.suite.set_of(name)
+        fixed = suite_set.max_new_tokens or self.options.max_new_tokens
+        if not suite_set.recited:
             return fixed
         if name not in self._longest:
             answers = [row.answer for row in self.rows(name)]
@@ -221,11 +214,8 @@ class Plan:
 
     def asked(self, name: str) -> dict[str, Any]:
         """How the rows of a test set are asked, as arguments of :meth:`Observer.observe`."""
-        return {
-            "max_new_tokens": self.max_new_tokens_of(name),
-            "header": self.suite.headers.get(name, ""),
-            "stops": self.suite.stops.get(name, ()),
-        }
+        suite_set, length = self.suite.set_of(name), self.max_new_tokens_of(name)
+        return {"max_new_tokens": length, "header": suite_set.header, "stops": suite_set.stops}
 
     def observations(self, tables: Mapping[str, Table]) -> Observations:
         """Records by test set, with what they are compared with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Optional
 
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import usual
@@ -24,11 +24,27 @@ from wagle_pl.evaluation.records import (
 DEFAULT_NEEDS = frozenset({"answer", "tokens", "alternatives", "choices", "generation"})
 
 
+class SuiteSet(NamedTuple):
+    """A test set of a benchmark: what is measured on its rows, and how they are asked."""
+
+    measures: tuple[str, ...] = ()  # registered ones; those that its rows allow when empty
+    #: What to observe of its rows; by default, what the measures need, or :data:`DEFAULT_NEEDS`.
+    needs: Optional[Collection[str]] = None
+    max_new_tokens: Optional[int] = None  # longest generation, if the benchmark fixes one
+    stops: Sequence[str] = ()  # texts at each of which a generation is cut
+    #: Answers are recited: generations are at least as long as the longest answer, since a shorter
+    #: limit would also limit what can be recalled.
+    recited: bool = False
+    #: Text before each multiple choice. ``{subject}`` stands for the row's subject, with spaces for
+    #: underscores; rows without a subject then have no header.
+    header: str = ""
+
+
 class Suite:
-    """A benchmark's measures. Override :meth:`measures`; the attributes say what it needs.
+    """A benchmark's measures. Override :meth:`measures`; :attr:`sets` says what it needs.
 
     >>> class Length(Suite):
-    ...     needs = {"forget": {"generation"}}
+    ...     sets = {"forget": SuiteSet(needs={"generation"})}
     ...     infos = {"forget/words": Info("words", "lower", "length of the answers")}
     ...
     ...     def measures(self, seen):
@@ -39,22 +55,7 @@ class Suite:
     """
 
     #: Test sets of the benchmark; those that a test lacks are named in ``metrics.info.json``.
-    sets: ClassVar[tuple[str, ...]] = ()
-    #: Test set -> its registered measures; those that its rows allow for one not named here.
-    lists: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    #: Test set -> what to observe of its rows; by default, what its measures need, or
-    #: :data:`DEFAULT_NEEDS` for one that is not in ``lists``.
-    needs: ClassVar[Mapping[str, Collection[str]]] = {}
-    #: Test set -> longest generation in tokens, if the benchmark fixes one.
-    max_new_tokens: ClassVar[Mapping[str, int]] = {}
-    #: Test set -> texts that end an answer: a generation is cut at each, if the benchmark does so.
-    stops: ClassVar[Mapping[str, Sequence[str]]] = {}
-    #: Test sets whose answers are recited: generations are at least as long as the longest answer,
-    #: since a shorter limit would also limit what can be recalled.
-    recited: ClassVar[Collection[str]] = ()
-    #: Test set -> text before each of its multiple choices. ``{subject}`` stands for the row's
-    #: subject, with spaces for underscores; rows without a subject then have no header.
-    headers: ClassVar[Mapping[str, str]] = {}
+    sets: ClassVar[Mapping[str, SuiteSet]] = {}
     #: Registered measures of all test sets together, listed before those of each.
     overall: ClassVar[Sequence[str]] = ()
     #: Measure -> its description. Others are looked up by the name after the last slash.
@@ -74,7 +75,11 @@ class Suite:
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
         """Names of a test set's measures."""
-        return self.lists.get(name) or usual(seen.records(name, self.forgets(name)))
+        return self.set_of(name).measures or usual(seen.records(name, self.forgets(name)))
+
+    def set_of(self, name: str) -> SuiteSet:
+        """What the benchmark says about a test set, which need not be one of its own."""
+        return self.sets.get(name, SuiteSet())
 
     def of_set(self, seen: Observations, name: str, measures: Sequence[str]) -> dict[str, Value]:
         """Registered measures of one test set, ``<set>/<measure>``."""
@@ -83,8 +88,8 @@ class Suite:
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
         """What to observe of a test set, given the names of all."""
-        listed = needs_of(self.lists[name]) if name in self.lists else DEFAULT_NEEDS
-        return frozenset(self.needs.get(name, listed))
+        measures, needs, *_ = self.set_of(name)
+        return frozenset(needs or needs_of(measures) or DEFAULT_NEEDS)
 
     def forgets(self, name: str) -> bool:
         return name.startswith(self.forget_sets)

@@ -32,7 +32,7 @@ from wagle_pl.evaluation.records import (
     measure,
     needs_of,
 )
-from wagle_pl.evaluation.suite import DEFAULT_NEEDS, Averages, GenericSuite, Suite
+from wagle_pl.evaluation.suite import DEFAULT_NEEDS, Averages, GenericSuite, Suite, SuiteSet
 from wagle_pl.evaluation.tofu import TOFUSuite  # noqa: F401 -- found by its name here
 from wagle_pl.evaluation.tofu_result import OPTION_SETS
 
@@ -50,23 +50,23 @@ class MUSESuite(Suite):
     the retrained model. WAGLE has no table for MUSE, so there are no averages.
     """
 
-    sets = ("verbmem_forget", "knowmem_forget", "knowmem_retain", "members", "nonmembers", "retain")
-    lists: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "verbmem_forget": (*MEMORISATION, "degenerate"),
-        **dict.fromkeys(("knowmem_forget", "knowmem_retain"), ("probability", "degenerate")),
-        **dict.fromkeys(("members", "nonmembers"), ("perplexity",)),
+    sets: ClassVar[Mapping[str, SuiteSet]] = {
+        "verbmem_forget": SuiteSet(
+            (*MEMORISATION, "degenerate"), {"answer", "tokens", "generation", "reference"}, 128
+        ),
+        **dict.fromkeys(
+            ("knowmem_forget", "knowmem_retain"),
+            SuiteSet(
+                ("probability", "degenerate"),
+                max_new_tokens=32,
+                stops=("\n\n", "\nQuestion", "Question:"),
+            ),
+        ),
+        **dict.fromkeys(
+            ("members", "nonmembers"), SuiteSet(("perplexity",), needs=MEMBERSHIP_NEEDS)
+        ),
+        "retain": SuiteSet(),
     }
-    needs: ClassVar[Mapping[str, Collection[str]]] = {
-        "verbmem_forget": needs_of(lists["verbmem_forget"]) | {"reference"},
-        **dict.fromkeys(("members", "nonmembers"), MEMBERSHIP_NEEDS),
-    }
-    max_new_tokens: ClassVar[Mapping[str, int]] = {
-        "verbmem_forget": 128,
-        **dict.fromkeys(("knowmem_forget", "knowmem_retain"), 32),
-    }
-    stops: ClassVar[Mapping[str, Sequence[str]]] = dict.fromkeys(
-        ("knowmem_forget", "knowmem_retain"), ("\n\n", "\nQuestion", "Question:")
-    )
     overall = ("verbmem_f", "knowmem_f", "knowmem_r")
 
     def measures(self, seen: Observations) -> dict[str, Value]:
@@ -105,12 +105,11 @@ class WMDPSuite(Averages):
     the accuracy on MMLU (WAGLE, table 2): of the test set ``mmlu``, or of the harness.
     """
 
-    sets = ("wmdp_bio", "wmdp_cyber", "mmlu", "wikitext")
-    headers: ClassVar[Mapping[str, str]] = {  # those of lm-evaluation-harness
-        "wmdp_bio": MULTIPLE_CHOICE.format("biology"),
-        "wmdp_cyber": MULTIPLE_CHOICE.format("cybersecurity"),
-        "wmdp_chem": MULTIPLE_CHOICE.format("chemistry"),
-        "mmlu": MULTIPLE_CHOICE.format("{subject}"),
+    sets: ClassVar[Mapping[str, SuiteSet]] = {  # with headers of lm-evaluation-harness
+        "wmdp_bio": SuiteSet(header=MULTIPLE_CHOICE.format("biology")),
+        "wmdp_cyber": SuiteSet(header=MULTIPLE_CHOICE.format("cybersecurity")),
+        "mmlu": SuiteSet(header=MULTIPLE_CHOICE.format("{subject}")),
+        "wikitext": SuiteSet(),
     }
 
     def efficacy(self, seen: Observations, values: Mapping[str, Value]) -> float:
@@ -133,8 +132,10 @@ class CopyrightSuite(Averages, GenericSuite):
     not shares, so an average with them would not be one.
     """
 
-    sets = ("forget", "forget_qa", "retain_qa", "wikitext")
-    recited = ("forget",)
+    sets: ClassVar[Mapping[str, SuiteSet]] = {
+        "forget": SuiteSet(recited=True),
+        **dict.fromkeys(("forget_qa", "retain_qa", "wikitext"), SuiteSet()),
+    }
     continuation = ("rougeL_recall", "bleu", "probability", *MEMORISATION, "degenerate")
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
@@ -159,7 +160,7 @@ class DetoxSuite(Averages):
     in addition.
     """
 
-    sets = ("prompts", "wikitext")
+    sets: ClassVar[Mapping[str, SuiteSet]] = dict.fromkeys(("prompts", "wikitext"), SuiteSet())
     forget_sets = ("forget", "prompts")
     prompted = ("toxicity", "toxic_rate", *GENERATED, "empty")
 
@@ -185,9 +186,8 @@ class KnowUnDoSuite(Suite):
     likeliest next token on an answer of ``retain``, averaged over rows (``retention_success``), and
     100 minus that of ``forget`` (``unlearn_success``). Its perplexity is ``row_perplexity``."""
 
-    sets = ("forget", "retain")
-    lists: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
-        sets, ("exact_memorization", "row_perplexity")
+    sets: ClassVar[Mapping[str, SuiteSet]] = dict.fromkeys(
+        ("forget", "retain"), SuiteSet(("exact_memorization", "row_perplexity"))
     )
     overall = ("unlearn_success", "retention_success")
 
@@ -219,14 +219,14 @@ class LUMESuite(Suite):
     test set ``mmlu`` or of lm-evaluation-harness.
     """
 
-    sets = (*LUME_SETS, "members", "nonmembers", "mmlu")
-    lists: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **{name: (measured, "degenerate") for name, measured in LUME_SETS.items()},
-        **dict.fromkeys(("members", "nonmembers"), ("perplexity",)),
+    sets: ClassVar[Mapping[str, SuiteSet]] = {
+        **{
+            name: SuiteSet((measured, "degenerate"), {"generation"}, 256)
+            for name, measured in LUME_SETS.items()
+        },
+        **dict.fromkeys(("members", "nonmembers"), SuiteSet(("perplexity",))),
+        "mmlu": SuiteSet(header=MULTIPLE_CHOICE.format("{subject}")),
     }
-    needs: ClassVar[Mapping[str, Collection[str]]] = {name: {"generation"} for name in LUME_SETS}
-    max_new_tokens: ClassVar[Mapping[str, int]] = dict.fromkeys(LUME_SETS, 256)
-    headers: ClassVar[Mapping[str, str]] = {"mmlu": MULTIPLE_CHOICE.format("{subject}")}
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         values = super().measures(seen)
@@ -304,20 +304,14 @@ class RWKUSuite(Suite):
     NLTK's tokens).
     """
 
-    lists: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **dict.fromkeys(_LEVELS, ("word_rouge", "degenerate")),
-        **dict.fromkeys(("mia_forget", "mia_retain"), tuple(_MEMBER)),
-        "utility_general": ("accuracy",),
-        "utility_reason": ("final_answer",),
-        "utility_truthfulness": ("mc1", "mc2"),
-        "utility_factuality": ("answer_f1", "answer_match"),
-        "utility_fluency": ("fluency",),
-    }
-    sets = tuple(lists)
-    needs: ClassVar[Mapping[str, Collection[str]]] = {"utility_general": {"choices"}}
-    max_new_tokens: ClassVar[Mapping[str, int]] = {
-        **dict.fromkeys((*_LEVELS, "utility_factuality"), 30),
-        **dict.fromkeys(("utility_reason", "utility_fluency"), 256),
+    sets: ClassVar[Mapping[str, SuiteSet]] = {
+        **dict.fromkeys(_LEVELS, SuiteSet(("word_rouge", "degenerate"), max_new_tokens=30)),
+        **dict.fromkeys(("mia_forget", "mia_retain"), SuiteSet(tuple(_MEMBER))),
+        "utility_general": SuiteSet(("accuracy",), {"choices"}),
+        "utility_reason": SuiteSet(("final_answer",), max_new_tokens=256),
+        "utility_truthfulness": SuiteSet(("mc1", "mc2")),
+        "utility_factuality": SuiteSet(("answer_f1", "answer_match"), max_new_tokens=30),
+        "utility_fluency": SuiteSet(("fluency",), max_new_tokens=256),
     }
     forget_sets = ("forget", "mia_forget")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -23,7 +24,7 @@ from wagle_pl.evaluation.records import (
     needs_of,
 )
 from wagle_pl.evaluation.results import differing, pairs_of
-from wagle_pl.evaluation.suite import Averages, Suite
+from wagle_pl.evaluation.suite import Averages, Suite, SuiteSet
 from wagle_pl.evaluation.tofu_result import OPTION_SETS, Result, Table, from_result
 
 UTILITY_SETS = ("retain", *OPTION_SETS)
@@ -47,7 +48,7 @@ class TOFUSuite(Averages):
     questions, as in WAGLE's code.
     """
 
-    sets = ("forget", *UTILITY_SETS)
+    sets: ClassVar[Mapping[str, SuiteSet]] = dict.fromkeys(("forget", *UTILITY_SETS), SuiteSet())
     asked = (*TOFU_MEASURES, "truth_probability", *MEMORISATION, "accuracy")
     with_options = (*TOFU_MEASURES, "contains_answer")
 

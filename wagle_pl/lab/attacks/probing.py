@@ -80,7 +80,7 @@ class Sample(Attack):
                     [subject.template.encode_prompt(subject.rows[name][i])],
                     subject.lengths[name],
                     subject.observer.passes.synced_gpus,
-                    subject.suite.stops.get(name, ()),
+                    subject.suite.set_of(name).stops,
                     do_sample=True,
                     temperature=self.temperature,
                     top_p=self.top_p,

@@ -68,7 +68,7 @@ class InContext(Attack):
                 for j in _others(rows, i)
             }
             near = sorted(overlap, key=lambda j: (-overlap[j], j))[: self.neighbours]
-            context = row.context or (subject.suite.headers.get(name, "") if row.choices else "")
+            context = row.context or (subject.suite.set_of(name).header if row.choices else "")
             for count in range(len(near), 0, -1):
                 facts = [f"{rows[j].asked} {rows[j].answer}\n" for j in reversed(near[:count])]
                 changed = replace(row, context="".join(facts) + f"\n{context}")
