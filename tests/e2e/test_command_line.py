@@ -61,6 +61,19 @@ MISTAKES = {
         "--data.val [forget,kept]": "data.val: .*'kept'",
         "--trainer.overfit_batches 2": "trainer.overfit_batches: ",
         "--trainer.limit_train_batches 1.5": "trainer: .*limit_train_batches",
+        "--data.batch_size null": "data.batch_size: must be an integer, got None",
+        "--data.max_length null": "data.max_length: must be an integer, got None",
+        "--data.test_batch_size null": "data.test_batch_size: must be an integer, got None",
+        "--data.seed -1": "data.seed: must be 0 or more, got -1",
+        "--trainer.max_steps 1000000000000000000": "trainer.max_steps: must be at most 1,000,000,000",
+        "--trainer.max_epochs 10000000000": "trainer.max_epochs: must be at most",
+        "--trainer.num_nodes 99": "trainer.num_nodes: MASTER_ADDR names no first machine",
+        "--trainer.val_check_interval 0": "trainer.val_check_interval: must be above 0",
+        "--trainer.check_val_every_n_epoch 0": "trainer.check_val_every_n_epoch: must be above 0",
+        "--trainer.devices 1000": "trainer.devices: must be at most",
+        "--trainer.strategy ddp_spawn": "trainer.strategy: a command cannot be spawned",
+        "--trainer.default_root_dir /proc/x": "trainer.default_root_dir .*cannot be written",
+        f"--trainer.max_steps {'9' * 5000}": "max_steps",
     },
     ATTRIBUTE: {
         "--model.densty 1": "model.densty: .* density",
@@ -354,3 +367,19 @@ def test_files_of_the_current_folder_shadow_no_library(tmp_path: Path) -> None:
     found = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert "shadowed" not in found.stderr + found.stdout
     assert found.returncode == 0 and "mine.Mine" in found.stdout, found.stderr
+
+
+HALF_SET = {
+    "RANK": "abc",
+    "LOCAL_RANK": "abc",
+    "TORCHELASTIC_RUN_ID": "x",
+    "SLURM_NTASKS": "1",
+}
+
+
+@pytest.mark.parametrize("name", HALF_SET)
+def test_half_of_what_a_launcher_sets(fails, tiny_model, monkeypatch, name):
+    monkeypatch.setenv(name, HALF_SET[name])
+    monkeypatch.setenv("SLURM_JOB_NAME", "x")
+    line = fails(f"{UNLEARN} --model.model {tiny_model} --model.output out --trainer.strategy ddp")
+    assert "environment variable" in line and "unset" in line

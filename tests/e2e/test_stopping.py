@@ -20,6 +20,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 
 from wagle_pl.cli.lightning import EpochCheckpoint
+from wagle_pl.core import stopping
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 CODES = {TERM: 143, INT: 130}
@@ -125,6 +126,26 @@ def test_a_signal_ends_the_run_with_a_checkpoint(fit, wagle, signum, module):
     else:
         a, b = load_file("out.safetensors"), load_file("whole.safetensors")
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def interrupted_in_a_destructor() -> None:
+    """An interrupt reaches this process while Python calls a ``__del__``, which drops errors."""
+
+    class Hit:
+        def __del__(self) -> None:
+            signal.raise_signal(INT)
+            time.sleep(0)
+
+    stopping.install({INT: stopping.raise_stopped})
+    Hit()
+    time.sleep(20)
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(empty_folder):
+    running = start(interrupted_in_a_destructor, output="said")
+    running.join(timeout=15)
+    said = Path("said").read_text()
+    assert running.exitcode == 130 and said == "wagle: stopped by SIGINT\n", said
 
 
 def test_a_second_interrupt_ends_at_once(fit):

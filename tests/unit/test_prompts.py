@@ -379,3 +379,25 @@ def test_prompts_of_masks_that_masks_are_made_of():
     assert (made[0] | made[1]).prompts == [{"prompt": "x"}, {"prompt": "y"}]
     assert (~made[0] - made[0]).prompts == [{"prompt": "x"}]
     assert made[0].random_like(0).prompts == []
+
+
+ENDLESS = {
+    "range": "{% for i in range(10**12) %}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "memory": "{{ 'a' * 100000000000 }}",
+    "power": "{{ 9**(9**9) }}",
+    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_that_does_not_end(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A constant is computed twice, as Jinja drops errors while it compiles."""
+    monkeypatch.setattr("wagle_pl.data.template.RENDERING_SECONDS", 0.3)
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = ENDLESS[kind] + "{{ messages[0]['content'] }}"
+    template = Template(tokenizer)
+    with pytest.raises(WagleError, match="does not end with a text"):
+        template.encode(Example.of({"question": "Who?", "answer": "Ada."}))

@@ -303,6 +303,25 @@ def test_robustness(runs, report):
     assert "dense: no attacks were run" in part.text
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (5, "must be a list, got 5"),
+        ({}, "must be a list, got {}"),
+        ([5], "[0]: must be an object, got 5"),
+        (
+            [{"attack": 5, "measure": "m", "direction": "lower"}],
+            "[0].attack: must be a text, got 5",
+        ),
+        ([{"attack": "a", "measure": "m"}], "key '[0].direction' is missing"),
+    ],
+)
+def test_robustness_that_is_none(runs, report, content, said):
+    write_json(Path("masked/test/robustness.json"), content)
+    root, _ = report("masked")
+    assert f"robustness.json: {said}" in root.text
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -318,6 +337,7 @@ def test_bad_input_is_refused(runs, refused):
     assert "metrics.json" in refused("masked", retrained=".")
     Path("untested").mkdir()
     assert "nothing to report: untested" in refused("untested")
+    assert "runs: a folder's name is empty" in refused("")
     Path("site.html").mkdir()
     line = refused("masked", output="site.html", overwrite=True)
     assert "site.html is a folder: name a file in it" in line

@@ -90,6 +90,26 @@ def test_a_study(study, report):
     assert "The study keeps no masks" in part.text
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda summary: [summary], "must be an object, got"),
+        (lambda summary: {**summary, "headline": 5}, "headline: must be a list or null, got 5"),
+        (lambda summary: {**summary, "target": {"a": "x"}}, "target.a: must be a number or null"),
+        (lambda summary: {"headline": []}, "key 'forget' is missing"),
+        (
+            lambda summary: {**summary, "headline": [{**summary["headline"][0], "area": None}]},
+            "headline[0].area: must be an object, got None",
+        ),
+    ],
+)
+def test_a_summary_that_is_none(study, report, change, said):
+    file = Path("study/study.json")
+    write_json(file, change(json.loads(file.read_text())))
+    root, _ = report("study")
+    assert f"study.json: {said}" in root.text
+
+
 def test_a_young_study_beside_a_run(runs, report, study):
     os.remove("study/study.json")
     WeightMask.load("mask.safetensors").save("study/masks/one")

@@ -19,6 +19,7 @@ from wagle_pl.core import html
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.hub import upload
+from wagle_pl.core.schema import check
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm.models import checkpoint_dtype, load_model
 from wagle_pl.lm.saving import Originals, save_model
@@ -65,6 +66,7 @@ class Forgotten:
         Raises:
             WagleError: if the folder exists and may not be replaced, or the model did not change.
         """
+        check(folder, Union[str, Path], "folder")
         folder = Path(folder)
         if self.outcome == "not known before":
             raise WagleError("the model was not changed, so there is nothing to save")
@@ -79,6 +81,7 @@ class Forgotten:
 
     def report(self, path: Union[str, Path], overwrite: bool = False) -> Path:
         """Write an HTML page: the verdict, the measures, and what the model answers."""
+        check(path, Union[str, Path], "path")
         refuse_existing(Path(path), overwrite, "overwrite=True")
         title = f"Unlearning of {self._base or self.model.config.name_or_path or 'a loaded model'}"
         write_text(Path(path), html.page(title, self._sections()))

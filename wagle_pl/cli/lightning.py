@@ -31,7 +31,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.environment import trainer_errors
 from wagle_pl.core.errors import WagleError, causes, first_line
 from wagle_pl.core.files import absent, check_writable
-from wagle_pl.core.schema import check, hints_of
+from wagle_pl.core.schema import check
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.core.tensorfiles import load_plain
 from wagle_pl.evaluation import Evaluate, EvaluationModule
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 #: Class for ``--optimizer.OPTION`` without ``--optimizer``: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
+
+MOST_STEPS = 1_000_000_000  # of training: more would not end in a lifetime
 
 #: Values of ``--ckpt_path`` that Lightning resolves itself.
 _NO_PATHS = ("last", "hpc", "registry")
@@ -98,7 +100,7 @@ class WagleCLI(LightningCLI):
         options = self.config[self.config["subcommand"]]
         options.pop("config", None)  # what was in the files is in the options
         for name, value in options.as_dict().items():
-            _check_value(value, name)
+            _check_integers(value, name)
         if not min_seed_value <= (seed := int(options.get("seed_everything"))) <= max_seed_value:
             range_error = f"must be in [{min_seed_value}, {max_seed_value}], got {seed}"
             raise WagleError(range_error, "seed_everything")
@@ -148,6 +150,9 @@ class WagleCLI(LightningCLI):
         for name in ("val_check_interval", "check_val_every_n_epoch"):
             if options.get(name) == 0:
                 raise WagleError("must be above 0", f"trainer.{name}")
+        for name in ("max_steps", "max_epochs"):
+            if (options.get(name) or 0) > MOST_STEPS:
+                raise WagleError(f"must be at most {MOST_STEPS:,}", f"trainer.{name}")
         if "spawn" in str(options.get("strategy")):
             hint = "choose ddp, which starts the command once for each device"
             raise WagleError("a command cannot be spawned", "trainer.strategy", hint)
@@ -177,17 +182,14 @@ class WagleCLI(LightningCLI):
         environment = trainer._accelerator_connector.cluster_environment
         if trainer.strategy.launcher is None or environment is None:
             return
-        try:
+        if trainer.num_nodes > 1 and not {"MASTER_ADDR", "SLURM_NTASKS"} & {*os.environ}:
+            hint = "start with torchrun or srun on each machine"
+            raise WagleError("MASTER_ADDR names no first machine", "trainer.num_nodes", hint)
+        with trainer_errors():
             for name in ("local_rank", "node_rank", "global_rank", "world_size"):
                 getattr(environment, name)()
             _ = environment.main_address, environment.main_port
             environment.validate_settings(trainer.num_devices, trainer.num_nodes)
-        except (KeyError, ValueError, RuntimeError) as error:
-            missing = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-            raise WagleError(
-                f"environment variables of {type(environment).__name__}: {missing}",
-                hint="start with srun or torchrun, or unset the others",
-            ) from None
 
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that cannot be read, before the Trainer tries to resume from it."""
@@ -211,29 +213,16 @@ class WagleCLI(LightningCLI):
     before_fit = before_validate = before_test = before_predict = _check_checkpoint
 
 
-def _check_value(value: Any, option: str, hint: Any = None) -> None:
-    """Refuse integers of more than 64 bits, and null where a class takes none."""
+def _check_integers(value: Any, option: str) -> None:
+    """Refuse integers of more than 64 bits."""
     if isinstance(value, dict):
-        cls = value.get("class_path")
-        hints = _hints(resolve_name(cls)) if isinstance(cls, str) and "." in cls else {}
         for name, part in value.items():
-            within = option if name == "init_args" else f"{option}.{name}"
-            if name == "init_args" and isinstance(part, dict):
-                for key, argument in part.items():
-                    _check_value(argument, f"{option}.{key}", hints.get(key))
-            else:
-                _check_value(part, within)
+            _check_integers(part, option if name == "init_args" else f"{option}.{name}")
     elif isinstance(value, list):
         for part in value:
-            _check_value(part, option)
-    elif type(value) is int or (value is None and hint in (int, float, bool, str)):
-        check(value, int if type(value) is int else hint, option)
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Name of an option of a class -> its type; those that cannot be told are left out."""
-    inits = [vars(base)["__init__"] for base in reversed(cls.__mro__) if "__init__" in vars(base)]
-    return {name: kind for init in inits for name, kind in hints_of(init).items()}
+            _check_integers(part, option)
+    elif type(value) is int:
+        check(value, int, option)
 
 
 def _check_launcher() -> None:

@@ -23,13 +23,16 @@ from wagle_pl.core.errors import WagleError, first_line
 
 @contextmanager
 def trainer_errors() -> Iterator[None]:
-    """Turn Lightning's errors when a Trainer is made into a :class:`WagleError`."""
+    """Turn Lightning's errors about a Trainer or its launcher into a :class:`WagleError`."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
         yield
     except WagleError:
         raise
+    except KeyError as error:
+        hint = "start with srun or torchrun, or unset the others"
+        raise WagleError(f"environment variable {error} is missing", hint=hint) from None
     except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise WagleError(f"trainer: {first_line(error)}") from error
 
@@ -95,7 +98,7 @@ def bounded(seconds: float, size: int) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             stack.callback(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
             stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again if code drops the error
         if (usage := Path("/proc/self/statm")).exists():
             limits = resource.getrlimit(resource.RLIMIT_AS)
             most = int(usage.read_text().split()[0]) * resource.getpagesize() + size

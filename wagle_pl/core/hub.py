@@ -44,6 +44,9 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
         )
     if not path.is_dir() and plainly_local(name, MODEL_SUFFIXES):
         raise absent("model file" if path.suffix == ".gguf" else "model folder", name, hub=True)
+    for file in path.iterdir() if path.is_dir() else ():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise absent("model file", file)
     if path.is_dir() and not (path / "config.json").exists() and adapted(name) is None:
         several = len(list(path.glob("*.gguf")))
         what = f", but {several} .gguf files: name one" if several else ""

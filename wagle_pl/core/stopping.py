@@ -30,7 +30,13 @@ def exit_at_once(signum: int, frame: Optional[FrameType] = None) -> None:
 
 
 def raise_stopped(signum: int, frame: Optional[FrameType] = None) -> None:
-    """Handler while there is nothing to save: unfinished files are removed on the way out."""
+    """Handler while there is nothing to save: unfinished files are removed on the way out. Python
+    drops what is raised in a ``__del__``: there the signal is sent again, a moment later."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+            return
+        frame = frame.f_back
     say(f"stopped by {signal.Signals(signum).name}")
     raise Stopped(signum)
 

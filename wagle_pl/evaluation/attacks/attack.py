@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Optional, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, TypedDict, Union
 
 import torch
 
@@ -25,7 +25,7 @@ from wagle_pl.data.example import Example
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import Observer, Record, observe_set
-from wagle_pl.evaluation.records import Info, Value
+from wagle_pl.evaluation.records import Direction, Info, Value
 from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lm import models
 
@@ -90,6 +90,19 @@ class Finding:
         for name in OTHERS:
             record |= {name: self.others.get(name), f"{name}_attacked": self.attacked.get(name)}
         return record | vars(self.info) | ({"why": self.why} if self.after is None else {})
+
+
+#: Schema of a line of :data:`ROBUSTNESS_FILE`.
+_RECORD: dict[str, Any] = dict.fromkeys(("before", "after", *OTHERS), Optional[Union[float, str]])
+_RECORD |= {f"{name}_attacked": Optional[bool] for name in OTHERS}
+_RECORD |= {
+    "attack": str,
+    "measure": str,
+    "option": Optional[Union[str, int]],
+    "unit": Optional[str],
+}
+_RECORD |= {"direction": Direction, "why": Optional[str]}
+RECORD = TypedDict("RECORD", _RECORD)  # type: ignore[misc]
 
 
 @dataclass

@@ -147,6 +147,8 @@ class Study:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
+        if self.hours is not None and self.hours < 0:
+            raise WagleError(f"must be 0 or more, got {self.hours:g}", option="--hours")
         if self.along == "answers" and self.generate == "always":
             message = "--along answers generates nothing before a run's end"
             raise WagleError(f"{message}: leave --generate always out")

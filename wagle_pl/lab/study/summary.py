@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,21 @@ Arm = tuple[str, str]  # names of an objective and of a mask
 
 #: Measures at the ends of runs, where a suite has them: TOFU's and those of WAGLE's tables.
 AT_END = ("model_utility", "ue_average", "ut_average")
+
+#: Schema of an arm in ``study.json``, and of the file, as far as a report reads them.
+_ARM: dict[str, Any] = dict.fromkeys(("objective", "mask", "verdict", "why"), str)
+_ARM |= dict.fromkeys(("mean", "std", "difference", "p", "steps", *AT_END), Optional[float])
+_ARM |= {"n": int, "seeds": int, "reached": float, "area": dict[str, Optional[float]]}
+_ARM |= dict.fromkeys(("equal_steps", "learning_rates"), Optional[dict[str, Optional[float]]])
+_ARM |= {"curve": Optional[list[tuple[float, float]]]}
+_SUMMARY: dict[str, Any] = {"forget": str, "utility": str, "forget_level": Optional[float]}
+_SUMMARY |= dict.fromkeys(("forget_sign", "utility_sign"), Optional[Literal[1, -1]])
+_SUMMARY |= dict.fromkeys(("target", "retrained"), Optional[dict[str, Optional[float]]])
+_SUMMARY |= {"runs": Optional[dict[str, int]], "settings": Optional[dict[str, Any]]}
+_SUMMARY |= {"ends": Optional[list[dict[str, Any]]]}
+_SUMMARY |= {"headline": Optional[list[TypedDict("Arm", _ARM)]]}  # type: ignore[misc]
+SUMMARY = TypedDict("SUMMARY", _SUMMARY)  # type: ignore[misc]
+
 LABELS = ("objective", "mask", "score", "density")
 CURVE_POINTS = 33  # of an arm's mean curve
 MIN_PAIRS = 3  # for a paired t-test
@@ -293,7 +308,7 @@ def summarise(
 
 def compared_at(summary: Mapping[str, Any], rows: Sequence[Row], level: float) -> dict[str, Any]:
     """The content of a ``study.json``, compared at another level that its runs go past."""
-    if not summary.get("headline"):
+    if not all(map(summary.get, ("headline", "forget_sign", "utility_sign", "target", "settings"))):
         raise WagleError("it has not compared its arms yet, at its own level or --forget_level")
     signs = summary["forget_sign"], summary["utility_sign"]
     by = Compared(summary["forget"], summary["utility"], summary["target"], level, *signs)

@@ -45,6 +45,8 @@ def report(
     path = Path(output)
     if path.suffix.lower() not in (".html", ".htm"):
         raise WagleError(f"must end in .html, got {output}", option="--output")
+    if "" in runs:
+        raise WagleError("a folder's name is empty", "runs")
     if examples < 0:
         raise WagleError(f"must be at least 0, got {examples}", option="--examples")
     refuse_existing(path, overwrite, "--overwrite")

@@ -11,14 +11,16 @@ from typing import Any, Optional
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
+from wagle_pl.core.records import Record
 from wagle_pl.core.weights import mismatch
-from wagle_pl.evaluation.attacks.attack import ROBUSTNESS_FILE
+from wagle_pl.evaluation.attacks.attack import RECORD, ROBUSTNESS_FILE
 from wagle_pl.evaluation.openunlearning import find_file
 from wagle_pl.evaluation.records import Info
 from wagle_pl.evaluation.results import (
     INFO_FILE,
     METRICS_FILE,
     Results,
+    TestInfo,
     arrow,
     folder_of,
     load_table,
@@ -28,6 +30,7 @@ from wagle_pl.evaluation.results import (
 from wagle_pl.evaluation.suites import Suite, find_suite
 from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE
+from wagle_pl.lab.study.summary import SUMMARY
 from wagle_pl.lm.saving import RECORD_FILE
 from wagle_pl.masks import WeightMask
 
@@ -66,11 +69,11 @@ class ReportedModel(Results):
         if not self.path.is_dir():
             return
         lost = "units, directions and undefined measures"
-        self.info = _read_optional(self.path / INFO_FILE, {}, self.notes, lost)
-        self.robustness = _read_optional(self.path / ROBUSTNESS_FILE, [], self.notes)
+        self.info = _read_optional(self.path / INFO_FILE, TestInfo, {}, self.notes, lost)
+        self.robustness = _read_optional(self.path / ROBUSTNESS_FILE, list[RECORD], [], self.notes)
         records = [place / RECORD_FILE for place in (folder, self.path.parent)]
         if record := next((file for file in records if file.is_file()), None):
-            self.record = _read_optional(record, {}, self.notes)
+            self.record = _read_optional(record, Record, {}, self.notes)
         if not self.lineage:
             self.notes.append(f"no {RECORD_FILE} next to the results says what made the model")
 
@@ -243,7 +246,7 @@ def _read_study(folder: Path) -> StudyResults:
     if not rows:
         raise WagleError(f"its {TABLE_FILE} has no rows yet")
     lost = "its comparison at equal forgetting"
-    summary = _read_optional(folder / SUMMARY_FILE, {}, notes, lost)
+    summary = _read_optional(folder / SUMMARY_FILE, SUMMARY, {}, notes, lost)
     return StudyResults(folder.resolve().name, folder, rows, summary, notes)
 
 
@@ -273,13 +276,13 @@ def _read_folder(folder: Path, sources: Sources) -> None:
         sources.left_out.append((str(folder), str(error)))
 
 
-def _read_optional(file: Path, empty: Any, notes: list[str], lost: str = "") -> Any:
-    """Content of a JSON file; ``empty`` without one, or if it is damaged, which is noted."""
+def _read_optional(file: Path, kind: Any, empty: Any, notes: list[str], lost: str = "") -> Any:
+    """Content of a JSON file by its schema; ``empty`` without one, or if damaged, which is noted."""
     if not file.is_file():
         notes += [f"it has no {file.name}: {lost} are left out"] if lost else []
         return empty
     try:
-        return read_json(file)
+        return read_json(file, kind)
     except WagleError as error:
         notes.append(str(error))
         return empty
