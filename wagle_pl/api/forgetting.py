@@ -267,7 +267,7 @@ class _Run:
             verdict=verdict.sentence,
             outcome=verdict.outcome,
             steps=steps,
-            answers=[(e.question, e.answer, *texts) for e, *texts in shown],
+            answers=[(e.question, e.answer, old, new) for e, old, new in shown],
             record=record,
             _base=self.base,
             _origin=self.origin,
@@ -343,9 +343,10 @@ class _Run:
         settings = self.settings
         if self.base is None:
             self.origin.keep(mask)
-        schedule = {"lr": settings.lr, "warmup": 0, "decay": "constant"}
         objective = settings.choose_objective(examination.expected_drop())
-        module = UnlearnModule(self.lm, objective=objective, mask=mask, **schedule)
+        module = UnlearnModule(
+            self.lm, objective=objective, mask=mask, lr=settings.lr, warmup=0, decay="constant"
+        )
         stop = StopWhenForgotten(examination, settings.max_steps, settings.doubles)
         length = {"max_steps": settings.max_steps, "max_epochs": -1}
         self.subject.fit(module, stream, callbacks=[stop], enable_progress_bar=False, **length)

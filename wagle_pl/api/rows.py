@@ -75,7 +75,7 @@ def rows_of(source: Rows, name: str) -> GivenRows:
     return GivenRows(rows, f"{len(rows)} row{'s' * (len(rows) > 1)} given")
 
 
-def _row(item: Union[str, Row], name: str, number: int) -> Row:
+def _row(item: Union[str, Mapping[str, Any]], name: str, number: int) -> Row:
     if isinstance(item, Mapping):
         row = dict(item)
         for column in ("question", "answer"):

@@ -219,16 +219,14 @@ class Examination:
 
     def _scores(self) -> Scores:
         forget = self.forget
-        return Scores(
+        scores = Scores(
             forget.recalled(forget.ask(reworded=False), reworded=False),
             forget.recalled(forget.ask(reworded=True), reworded=True),
             fmean(self.subject.probabilities(self.retain)),
-            *(
-                []
-                if self.earlier is None
-                else [self.earlier.recalled(self.earlier.ask(False), False)]
-            ),
         )
+        if (earlier := self.earlier) is None:
+            return scores
+        return replace(scores, earlier=earlier.recalled(earlier.ask(False), False))
 
     def has_forgotten(self) -> tuple[bool, float]:
         """Whether the forget rows meet the verdict's bound; and their mean probability.
@@ -356,7 +354,9 @@ class Origin:
         """The parameters that may have moved, as they were."""
         mask, parameters = self._mask, dict(self.lm.named_parameters())
         return {
-            name: place(parameters[name].detach().clone(), mask and mask[name], values)
+            name: place(
+                parameters[name].detach().clone(), None if mask is None else mask[name], values
+            )
             for name, values in self.weights.items()
         }
 

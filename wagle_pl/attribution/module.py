@@ -38,6 +38,7 @@ from wagle_pl.attribution.sums import FP32, GradientSums, Sums
 from wagle_pl.core import outputs
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.registry import resolve
 from wagle_pl.core.schema import check, check_arguments
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.layers import recompute_blocks
@@ -178,14 +179,14 @@ class AttributionModule(LanguageModule):
     def setup(self, stage: str) -> None:
         """Refuse impossible options, and an output that exists, before any work is done."""
         trainer = self.trainer
-        if stage == "fit":
-            if trainer.max_steps == -1 and trainer.max_epochs in (-1, 1000):  # Lightning's defaults
-                trainer.fit_loop.max_epochs = 1
-            if self.passes > 1 and not trainer.fast_dev_run:
-                self._repeat()
-        super().setup(stage)
         if stage != "fit":
+            super().setup(stage)
             return
+        if trainer.max_steps == -1 and trainer.max_epochs in (-1, 1000):  # Lightning's defaults
+            trainer.fit_loop.max_epochs = 1
+        if self.passes > 1 and not trainer.fast_dev_run:
+            self._repeat()
+        super().setup(stage)
         if not self.output and (self.run_config or self.save_scores):
             raise WagleError("attribution needs a path for the mask: give --model.output")
         if self.output:
@@ -194,10 +195,8 @@ class AttributionModule(LanguageModule):
             refuse_existing(self._scores_path(label), self.overwrite, kind="folder")
         strategy = trainer.strategy
         if is_zero(strategy) and not isinstance(strategy, ZeRO):
-            raise WagleError(
-                "attribution under DeepSpeed needs this package's strategy: "
-                "wagle_pl.strategies.ZeRO, or a name such as deepspeed_stage_3"
-            )
+            ours = "wagle_pl.strategies.ZeRO, or a name such as deepspeed_stage_3"
+            raise WagleError(f"attribution under DeepSpeed needs this package's strategy: {ours}")
         check_run(
             str(trainer.precision),
             stage_of(strategy),
@@ -210,11 +209,8 @@ class AttributionModule(LanguageModule):
         """Make the Trainer go through its epochs once for each group of parameters."""
         trainer = self.trainer
         if trainer.max_steps != -1 or trainer.max_epochs < 1:
-            raise WagleError(
-                "steps cannot bound several passes: give trainer.max_epochs or "
-                "limit_train_batches, and no max_steps",
-                option="sums",
-            )
+            hint = "give trainer.max_epochs or limit_train_batches, and no max_steps"
+            raise WagleError("steps cannot bound several passes", option="sums", hint=hint)
         self.period = trainer.max_epochs
         trainer.fit_loop.max_epochs = self.period * self.passes
 
@@ -264,7 +260,7 @@ class AttributionModule(LanguageModule):
         shapes = parameter_shapes(self.lm)
         for spec in self.specs:
             eligible = {name: shapes[name] for name in spec.eligible(shapes)}
-            try_out(spec.score, eligible, self.scalar, device)
+            try_out(resolve(Score, spec.score, "score"), eligible, self.scalar, device)
 
     def on_train_start(self) -> None:
         """Switch off dropout, and DDP's averaging of gradients, which are summed here."""
@@ -295,7 +291,8 @@ class AttributionModule(LanguageModule):
         epoch, step = self.current_epoch, self.global_step
         if self.period is not None:
             self.sums.turn(epoch // self.period)
-            steps = -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches)
+            batches = int(self.trainer.num_training_batches)
+            steps = -(-batches // self.trainer.accumulate_grad_batches)
             epoch, step = epoch % self.period, step % (self.period * steps)
         draws = Draws(self.trainer.datamodule.seed, epoch, step)
         losses = add_batch(self.lm, batch, self.jobs, self.sums, draws)
@@ -323,10 +320,9 @@ class AttributionModule(LanguageModule):
             end_step(self.jobs, self.sums)
         self.sums.turn(self.passes)
         if self.fingerprint() != self.model_fingerprint:
-            raise WagleError(
-                "attribution moved a weight: the mask is not written; please report this"
-            )
-        h = self.estimator
+            why = "attribution moved a weight: the mask is not written; please report this"
+            raise WagleError(why)
+        h: Optional[Union[Hessian, float]] = self.estimator
         if h is None and self.needs & {"h", "h_diagonal"}:
             h = float(self.gamma)
         self.collected = Collected(
@@ -391,9 +387,10 @@ class AttributionModule(LanguageModule):
         for label, spec in self._scores.items():
             options = {key: spec.options()[key] for key in ("score", "score_options")}
             made_by = {**metadata, **options, "absolute": not spec.score.signed}
-            scores = {"scores": self.collected.scores(spec.score), "shapes": self.collected.shapes}
-            dtype, path = DTYPES[self.save_scores], self._scores_path(label)
-            write = partial(write_scores, **scores, made_by=made_by, dtype=dtype)
+            scores, shapes = self.collected.scores(spec.score), self.collected.shapes
+            path, dtype = self._scores_path(label), DTYPES[self.save_scores]
+            write = partial(write_scores, scores=scores, shapes=shapes, made_by=made_by)
+            write = partial(write, dtype=dtype)
             outputs.write_or_keep(write, path, checkpoint, again=False)
             if self.trainer.is_global_zero:
                 log.info("scores written to %s", path)
@@ -438,8 +435,8 @@ def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str
     parameters, and the options that make this more or fewer than one."""
     whole, each = len(trainer.train_dataloader), trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs // groups
-    steps = trainer.max_steps * trainer.accumulate_grad_batches
-    steps = math.inf if trainer.max_steps == -1 else steps
+    limit = trainer.max_steps * trainer.accumulate_grad_batches
+    steps = math.inf if trainer.max_steps == -1 else limit
     bounds = {
         "max_epochs": epochs not in (1, math.inf) and epochs * each <= steps,
         "max_steps": steps < epochs * each,

@@ -220,10 +220,11 @@ class Collected:
         return 1.0 / self.rows(stream) if self._mean else 1.0
 
     def scores(
-        self, score: Score, names: Optional[Collection[str]] = None
+        self, score: Union[Score, str], names: Optional[Collection[str]] = None
     ) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, fp32 scores in its shape, or of this rank's rows) of all parameters or
         of some, one at a time."""
+        score = resolve(Score, score, "score")
         for position, (name, _) in enumerate(self._parameters):
             if names is None or name in names:
                 if score.by_row:

@@ -296,7 +296,7 @@ def _select_within(
         else:
             ks = [int(_quotas(d, start, shard.total, 1)) for d in densities]
             only = [(name, tensor)]
-            thresholds = find_thresholds(lambda only=only: only, lambda _, ks=ks: ks, ranking)
+            thresholds = find_thresholds(only.copy, lambda _: ks, ranking)  # noqa: B023 -- called at once
             yield name, _take(tensor, thresholds, ranking)
         start += shard.total
     _wanted(densities, start)

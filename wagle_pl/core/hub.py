@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Optional, TypedDict
 
 import torch
 import yaml
@@ -20,7 +20,7 @@ from wagle_pl.core.tensorfiles import TensorFiles
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CARD_FILE = "README.md"
+CARD_FILE: Final = "README.md"
 ADAPTER_FILE = "adapter_config.json"  # of a folder that holds an adapter and names its base
 #: Endings of file names, which no hub id has.
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")

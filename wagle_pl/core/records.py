@@ -62,7 +62,7 @@ class Patched(TypedDict):
     fingerprint: str
 
 
-class Record(TypedDict):
+class Record(TypedDict, total=False):
     """``wagle.json`` of a model folder: the runs that made it, oldest first."""
 
     format_version: Optional[Literal[1]]

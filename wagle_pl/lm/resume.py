@@ -12,7 +12,7 @@ Only this module knows how Lightning lays out its loops in a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, TypedDict
 
 import lightning as L
 import torch
@@ -49,16 +49,31 @@ class LoaderState(TypedDict):
     sets: Optional[dict[str, RowSet]]
 
 
-BatchProgress = TypedDict("BatchProgress", {**get_type_hints(Progress), "is_last_batch": bool})
+class BatchProgress(Progress):
+    is_last_batch: bool
+
+
+class Loaders(TypedDict):
+    combined_loader: Optional[list[LoaderState]]
+
+
+class Stepped(TypedDict):
+    _batches_that_stepped: Count
+
+
 FitLoop = TypedDict(
     "FitLoop",
     {
-        "state_dict": TypedDict("Loaders", {"combined_loader": Optional[list[LoaderState]]}),
+        "state_dict": Loaders,
         "epoch_progress": Progress,
         "epoch_loop.batch_progress": BatchProgress,
-        "epoch_loop.state_dict": TypedDict("Stepped", {"_batches_that_stepped": Count}),
+        "epoch_loop.state_dict": Stepped,
     },
 )
+
+
+class Loops(TypedDict):
+    fit_loop: FitLoop
 
 
 class OptimizerState(TypedDict):  # by the index of the parameter; empty without an optimiser
@@ -73,7 +88,7 @@ Checkpoint = TypedDict(
         "pytorch-lightning_version": str,
         "epoch": Count,
         "global_step": Count,
-        "loops": Optional[TypedDict("Loops", {"fit_loop": FitLoop})],
+        "loops": Optional[Loops],
         "callbacks": Optional[dict[str, dict[str, Any]]],
         "lr_schedulers": Optional[list[dict[str, Any]]],
         "optimizer_states": Optional[list[OptimizerState]],

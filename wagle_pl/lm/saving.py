@@ -115,7 +115,7 @@ def model_folder(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    record: dict[str, Any],
+    record: Mapping[str, Any],
     dtype: Optional[torch.dtype] = None,
     together: bool = False,
 ) -> Iterator[Path]:
@@ -176,7 +176,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     _write_json(file, config)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -185,7 +185,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     card: str,
-    record: dict[str, Any],
+    record: Mapping[str, Any],
     originals: Optional[Originals] = None,
 ) -> Path:
     """Write a folder that ``from_pretrained`` loads; collective if the weights are sharded.
@@ -224,7 +224,7 @@ def save_weights(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     card: str,
-    record: dict[str, Any],
+    record: Mapping[str, Any],
     originals: Optional[Originals] = None,
 ) -> Path:
     """Write a model folder from weights that are read one at a time, in files of 5 GB at most.

@@ -242,7 +242,11 @@ class _Reading(nn.Module):
 @cache  # compiled code is shared by modules of one class
 def _reading(base: type, leaves: tuple[str, ...]) -> type:
     """A subclass with properties that read these parameters."""
-    members = {leaf: property(lambda self, leaf=leaf: self._read(leaf)) for leaf in leaves}
+
+    def reading(leaf: str) -> property:
+        return property(lambda self: self._read(leaf))
+
+    members = {leaf: reading(leaf) for leaf in leaves}
     return type(base.__name__, (_Reading, base), {"__module__": base.__module__, **members})
 
 
@@ -253,7 +257,8 @@ def _hold(module: Any, selected: dict[str, SelectedTensor]) -> Callable[[], None
     place. A sharded dense tensor stays a parameter, which DeepSpeed gathers when the module runs.
     Returns a function that undoes the change.
     """
-    base, names = type(module), list(module._parameters)
+    base: type = type(module)
+    names = list(module._parameters)
     module._selected, module._ready = selected, None
     module.__class__ = _reading(base, tuple(selected))
     for leaf, tensor in selected.items():

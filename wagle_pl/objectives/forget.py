@@ -251,10 +251,10 @@ class RMU(Objective):
             as in the paper: the MLP's down-projection of the block and of the two before it.
     """
 
-    layer: int = 7
+    layer: int = 7  # type: ignore[misc]
     steering: float = positive(20.0)
     seed: int = 0
-    trainable: str = field(default="auto", kw_only=True)
+    trainable: str = field(default="auto", kw_only=True)  # type: ignore[misc]
     retain: Union[RetainTerm, str] = field(default="hidden_mse", kw_only=True)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Optional, Union
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar, Literal, Optional, Union, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -71,6 +73,7 @@ def as_schedule(value: Weight, option: str) -> Schedule:
         return value
     text = str(value).replace(" ", "")
     match = re.fullmatch(r"(linear|cosine|step):([^>@]+)->([^>@]+)(?:@(.+))?", text)
+    kind: Any  # linear, cosine or step
     kind, start, end, until = match.groups() if match else ("step", text, text, None)
     try:
         numbers = [float(start), float(end), float(until or 1)]
@@ -183,7 +186,7 @@ class Objective(ABC):
 
     def retain_loss(self, at: Streams) -> Tensor:
         """The retain term: (B,), one number for each retain row."""
-        return self.retain(at)
+        return cast(RetainTerm, self.retain)(at)
 
     def penalty(self, at: Streams) -> Optional[Tensor]:
         """A scalar that belongs to no row, added to the loss as it is; None if there is none.
@@ -220,7 +223,8 @@ class Objective(ABC):
             computed[name] = term if term is None or propagate is None else propagate(term)
         terms = {name: computed[name] for name in TERMS if computed[name] is not None}
         weights = self.weights(at)
-        return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
+        loss = reduce(add, (weights[name] * term for name, term in terms.items()))
+        return {"loss": loss, **terms}
 
     # -- an objective that changes during a run ----------------------------------------------------
 

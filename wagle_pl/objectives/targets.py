@@ -97,7 +97,7 @@ class CEU(Objective):
 
     by_token = True
 
-    skip_first: int = 1
+    skip_first: int = 1  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Optional, TypedDict
@@ -121,7 +121,7 @@ class Patch:
             "UNLEARNED`, and back: `wagle patch revert`."
         )
         text += f"\n\nForgotten: {', '.join(sets)}." if sets else ""
-        card = card_of(base, "wagle_pl", text, self.made_by["records"].get(CARD_FILE, ""))
+        card = card_of(base, "wagle_pl", text, self.made_by["records"].get(CARD_FILE) or "")
         return upload(self.path, repo_id, card, **options)
 
     def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -139,7 +139,7 @@ class Patch:
                 at = middle + lengths[1]
                 planes = _inflate(data[middle:at], words * word.itemsize)
                 bits = np.frombuffer(where, np.uint8)
-                changed = np.unpackbits(bits, count=words, bitorder="little").view(bool)
+                changed: np.ndarray = np.unpackbits(bits, count=words, bitorder="little").view(bool)
                 bytes_ = np.frombuffer(planes, np.uint8).reshape(word.itemsize, changed.sum())
             except (struct.error, zlib.error, ValueError) as error:
                 raise WagleError(
@@ -158,7 +158,7 @@ def digest_of(files: TensorFiles) -> str:
     for name in sorted(files.names):
         digest.update(f"{name} {files.dtype(name)} {list(files.shape(name))}\n".encode())
         for frame in _frames(files.words(name)):
-            digest.update(frame)
+            digest.update(frame.data)
     return digest.hexdigest()
 
 
@@ -323,7 +323,7 @@ def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optio
     digest, end = digest_of(files), getattr(patch, source)
     if digest == end:
         return None
-    noted = read_record(str(folder)).get("patched") or {}
+    noted: Mapping[str, Any] = read_record(str(folder)).get("patched") or {}
     if noted.get("fingerprint") != digest or noted.get("base") != patch.base:
         verb = "applies to" if source == "base" else "reverts"
         raise WagleError(
@@ -386,7 +386,7 @@ def _deflate(data: bytes) -> bytes:
 def _inflate(data: np.ndarray, bound: int) -> bytes:
     """Decompress to ``bound`` bytes at most, whatever a damaged file claims."""
     inflater = zlib.decompressobj()
-    inflated = inflater.decompress(data, bound)
+    inflated = inflater.decompress(data.data, bound)
     if not inflater.eof:
         raise ValueError("a frame that does not end")
     return inflated

@@ -35,7 +35,7 @@ _SUMMARY |= dict.fromkeys(("forget_sign", "utility_sign"), Optional[Literal[1, -
 _SUMMARY |= dict.fromkeys(("target", "retrained"), Optional[dict[str, Optional[float]]])
 _SUMMARY |= {"runs": Optional[dict[str, int]], "settings": Optional[dict[str, Any]]}
 _SUMMARY |= {"ends": Optional[list[dict[str, Any]]]}
-_SUMMARY |= {"headline": Optional[list[TypedDict("Arm", _ARM)]]}  # type: ignore[misc]
+_SUMMARY |= {"headline": Optional[list[TypedDict("Arm", _ARM)]]}  # type: ignore[misc, operator]
 SUMMARY = TypedDict("SUMMARY", _SUMMARY)  # type: ignore[misc]
 
 LABELS = ("objective", "mask", "score", "density")
