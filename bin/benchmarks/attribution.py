@@ -25,6 +25,7 @@ from common import (
     main,
     memory,
     padded_rows,
+    random_llama,
     reset_peak,
     result,
     seconds,
@@ -322,42 +323,20 @@ def measure_memory(settings: Settings) -> list[Result]:
 # -- where sums are ---------------------------------------------------------------------------------------------------
 
 
-#: Llamas: hidden size, inner size of the MLP, layers, heads, heads of keys, vocabulary. 1.2b is Llama-3.2-1B.
-SHAPES = {
-    "tiny": (64, 192, 4, 4, 2, 4096),
-    "0.1b": (768, 3072, 8, 12, 4, 4096),
-    "0.25b": (1024, 4096, 12, 16, 4, 65536),
-    "1.2b": (2048, 8192, 16, 32, 8, 128256),
-}
 PASSES = 4
 PLACES = ("floor", "device", "host", f"passes={PASSES}")
 
 
-def random_llama(settings: Settings) -> str:
+def llama_folder(settings: Settings) -> str:
     """Folder of a model of the settings' shape, in bf16, made once, with a tokenizer of the rows' own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = Path(settings.scratch) / settings.shape
     if not folder.exists():
         text = [
             Path(file).read_text(encoding="utf-8") for file in (settings.forget, settings.retain)
         ]
         create_tiny_llama(folder, text, vocab_size=2048)
-        hidden, inner, layers, heads, keys, vocabulary = SHAPES[settings.shape]
-        config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=keys,
-            vocab_size=vocabulary,
-            tie_word_embeddings=True,
-            dtype=torch.bfloat16,
-        )
         torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        torch.set_default_dtype(torch.float32)
+        random_llama(settings.shape).save_pretrained(folder)
     return str(folder)
 
 
@@ -385,7 +364,7 @@ class OwnMemory(L.Callback):
 
 def sums_peak(settings: Settings, place: str) -> dict[str, float]:
     """What :class:`OwnMemory` finds of an attribution in bf16. For a process of its own."""
-    settings.model, found = random_llama(settings), OwnMemory()
+    settings.model, found = llama_folder(settings), OwnMemory()
     if place == "floor":
         output = str(Path(settings.scratch) / place)
         module = Floor(model=settings.model, output=output, **KEPT["no_hessian"])
@@ -405,7 +384,7 @@ def measure_sums(settings: Settings) -> list[Result]:
         **GIVE_BACK,
         "OMP_NUM_THREADS": "1",
     }  # threads that spin would take hours beside other work
-    model = random_llama(settings)
+    model = llama_folder(settings)
     sides = {p: lambda p=p: in_fresh_process(settings, "sums_peak", place=p) for p in PLACES}
     runs = alternate(settings, sides)
     sizes = [prod(shape) for shape in shapes_of(model).values()]

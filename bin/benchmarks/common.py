@@ -286,6 +286,36 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
 
 
+#: Llamas: hidden size, inner size of the MLP, layers, heads, heads of keys, vocabulary. 1.2b is Llama-3.2-1B, 7b is
+#: Llama-2-7B; blocks makes as many launches as 1.2b.
+SHAPES = {
+    "tiny": (64, 192, 4, 4, 2, 4096),
+    "blocks": (64, 256, 16, 4, 2, 4096),
+    "0.1b": (768, 3072, 8, 12, 4, 4096),
+    "0.25b": (1024, 4096, 12, 16, 4, 65536),
+    "1.2b": (2048, 8192, 16, 32, 8, 128256),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+}
+
+
+def random_llama(shape: str, attention: Optional[str] = None) -> Any:
+    """A Llama of one of the :data:`SHAPES` with random weights in bf16, on torch's default device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    hidden, inner, layers, heads, keys, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        vocab_size=vocabulary,
+        tie_word_embeddings=shape != "7b",
+    )
+    options = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
 def products_per_second(
     model: str, tokens: int, dtype: torch.dtype = torch.bfloat16, backward: bool = True
 ) -> float:
@@ -333,7 +363,9 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
         except WagleError as error:
             fail(str(error))
         report = _describe(benchmark, options, settings)
-        end = time.monotonic() + 60 * options.minutes
+        end = (
+            time.monotonic() + 50 * options.minutes
+        )  # a sixth is left for a round that takes longer
         print(f"{'row':34} {'value':>9}   bar", file=sys.stderr, flush=True)
         for number, name in enumerate(options.rows):
             now = time.monotonic()
@@ -428,7 +460,7 @@ def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -
         "precision": PRECISION,
         "repeats": settings.repeats,
         "data": data,
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
@@ -437,7 +469,7 @@ def _describe(benchmark: str, options: argparse.Namespace, settings: Settings) -
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     def first(path: str, start: str) -> Optional[str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
         found = (line.partition(":")[2].strip() for line in lines if line.startswith(start))

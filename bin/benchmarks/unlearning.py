@@ -484,22 +484,30 @@ def bare_training(settings: Settings, batches: Sequence[Any]) -> float:
 
 def measure_training(settings: Settings) -> list[Result]:
     """Row 7: fine-tuning in bf16 against a bare loop over the same packed rows, and against matrix products alone."""
-    batches = train(settings, packing=True).batches
-    (answers,) = {"packed_places"} & set(next(iter(batches[0].values())))
-    width = [next(iter(batch.values()))["packed_ids"].numel() for batch in batches[1:]]
+    batches: list[Any] = []
+
+    def packed() -> float:
+        times = train(settings, packing=True)
+        batches[:] = times.batches
+        return tokens_per_second(times)
+
+    def width() -> list[int]:
+        return [next(iter(batch.values()))["packed_ids"].numel() for batch in batches[1:]]
+
     sides: dict[str, Any] = {
-        "packed": lambda: tokens_per_second(train(settings, packing=True)),
+        "packed": packed,
         "padded": lambda: tokens_per_second(train(settings)),
         "eager": lambda: tokens_per_second(train(settings, attn_implementation="eager")),
         "bare": lambda: bare_training(settings, batches),
-        "products": lambda: products_per_second(settings.model, int(median(width))),
+        "products": lambda: products_per_second(settings.model, int(median(width()))),
     }
     found = alternate(settings, sides)
     at = {name: median(values) for name, values in found.items()}
     shapes = shapes_of(settings.model)
     of_blocks = sum(prod(s) for n, s in shapes.items() if len(s) == 2 and "layers" in n)
     head = prod(shapes["model.embed_tokens.weight"])
-    share = sum(next(iter(b.values()))[answers].numel() for b in batches[1:]) / sum(width)
+    places = (next(iter(batch.values()))["packed_places"] for batch in batches[1:])
+    share = sum(of_batch.numel() for of_batch in places) / sum(width())
     per_token = 6 * (of_blocks + share * head)
     raw = {
         "tokens_per_second": {n: v for n, v in found.items() if n != "products"},
