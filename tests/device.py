@@ -11,15 +11,19 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Optional
 from unittest.mock import patch
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -39,30 +43,35 @@ WAITING = {
     "aten::unique_consecutive",
     "aten::_unique2",
 }
-#: Operations that reserve memory, and launch nothing.
-ALLOCATING = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
+#: Operations that launch nothing: they reserve memory, or are views.
+NOT_LAUNCHED = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
+NOT_LAUNCHED |= {"aten::_unsafe_view"}
 COPIES = {"aten::copy_", "aten::_copy_from", "aten::_to_copy"}
 HERE = Path(__file__)
+
+
+#: What a tensor's memory is for, see :meth:`Counts.name`.
+KINDS = ("weights", "values", "gradients", "state", "activations", "other")
 
 
 class Counts:
     """What the device has counted since :meth:`reset`."""
 
     def __init__(self) -> None:
-        self.live: Counter[int] = Counter()  # bytes by storage
-        self._users: Counter[int] = Counter()  # tensors by storage
+        self._live: dict[int, tuple[int, int]] = {}  # storage -> its number, its bytes
+        self._users: Counter[int] = Counter()  # storage -> its tensors
+        self._kinds: dict[int, str] = {}  # number of a storage -> kind
+        self._numbers, self.bytes = count(), 0
         self.reset()
 
     def reset(self) -> None:
         self.waits: Counter[str] = Counter()  # by the line that caused them
         self.launches: Counter[str] = Counter()  # by operation
         self.to_device = self.to_host = 0  # bytes
-        self.peak = self.bytes
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that live tensors of the device hold."""
-        return self.live.total()
+        self.peak = self.bytes  # bytes that live tensors held at most
+        self._history: list[tuple[int, int]] = [*self._live.values()]  # numbers, bytes (freed: < 0)
+        kept = {number for number, _ in self._history}
+        self._kinds = {number: kind for number, kind in self._kinds.items() if number in kept}
 
     def wait(self, operation: str) -> None:
         frames = [
@@ -77,17 +86,52 @@ class Counts:
         """Count a tensor's storage until its last tensor is freed."""
         storage = tensor.raw.untyped_storage()
         key = storage._cdata
-        self.live[key] = storage.nbytes()
+        if key not in self._live:
+            number, size = next(self._numbers), storage.nbytes()
+            self._live[key] = number, size
+            self._kinds[number] = _kind_now()
+            self._add(number, size)
         self._users[key] += 1
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(tensor, self._release, key, tensor.raw)
+        # with raw, so that the key is not used again
+        weakref.finalize(tensor, self._release, key, tensor.raw).atexit = False
 
-    def _release(
-        self, key: int, raw: Tensor
-    ) -> None:  # with raw, so that the key is not used again
+    def _release(self, key: int, raw: Tensor) -> None:
         self._users[key] -= 1
         if not self._users[key]:
-            del self.live[key], self._users[key]
+            del self._users[key]
+            number, size = self._live.pop(key)
+            self._add(number, -size)
+
+    def _add(self, number: int, size: int) -> None:
+        self._history.append((number, size))
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def name(self, kind: str, tensors: Iterable[Optional[Tensor]]) -> None:
+        """Say what tensors are for: one of :data:`KINDS`. What nobody names is an activation if it was made with
+        autograd on, a gradient if in a backward pass, else other."""
+        for tensor in tensors:
+            if isinstance(tensor, CountingTensor):
+                number, _ = self._live[tensor.raw.untyped_storage()._cdata]
+                self._kinds[number] = kind
+
+    def at_peak(self) -> dict[str, int]:
+        """Kind -> bytes when most were held."""
+        held: Counter[str] = Counter()
+        most: dict[str, int] = {}
+        peak = total = 0
+        for number, size in self._history:
+            held[self._kinds[number]] += size
+            total += size
+            if total > peak:
+                peak, most = total, dict(held)
+        return {kind: most.get(kind, 0) for kind in KINDS}
+
+
+def _kind_now() -> str:
+    if torch.is_grad_enabled():  # in the backward pass too, where blocks are computed again
+        return "activations"
+    return "gradients" if torch._C._current_graph_task_id() >= 0 else "other"
 
 
 COUNTS = Counts()
@@ -121,6 +165,12 @@ class CountingTensor(torch.Tensor):
         COUNTS.wait("tolist")
         return self.raw.tolist()
 
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.raw.untyped_storage()
+
     def __repr__(self) -> str:
         return f"{self.raw!r}, on {DEVICE}"
 
@@ -139,7 +189,7 @@ def run(operation: Any, args: Any, kwargs: Any) -> Any:
     copies_back = _count_copy(name, args, target, kwargs)
     if ours and name in WAITING:
         COUNTS.wait(name)
-    elif not _is_view(operation) and name not in ALLOCATING:
+    elif not _is_view(operation) and name not in NOT_LAUNCHED:
         COUNTS.launches[name] += 1
     out = operation(*tree_map(_raw, args), **tree_map(_raw, kwargs))
     if copies_back or not (ours or _is_ours(target)):
@@ -202,7 +252,47 @@ def _is_view(operation: Any) -> bool:
 
 _FALLBACK = torch.library.Library("_", "IMPL")
 _FALLBACK.fallback(lambda operation, *args, **kwargs: run(operation, args, kwargs), "PrivateUse1")
-_tensor, _Generator = torch.tensor, torch.Generator
+# torch computes it in parts where a device has no kernel, as every GPU does
+_KERNELS = torch.library.Library("aten", "IMPL")
+for _name in ("silu_backward",):
+    _operation = getattr(torch.ops.aten, _name).default
+    _KERNELS.impl(_name, lambda *args, _of=_operation: run(_of, args, {}), "PrivateUse1")
+# autocast, whose kernels are each device's own: products of matrices take its dtype, the rest the dtypes they get
+_AUTOCAST = torch.library.Library("_", "IMPL")
+_AUTOCAST.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_NARROW: dict[int, Tensor] = {}  # of weights, until the outermost autocast ends
+
+
+def _narrow(value: Any) -> Any:
+    """A tensor in autocast's dtype, a weight once for all its uses."""
+    if not (isinstance(value, CountingTensor) and value.dtype == torch.float32):
+        return value
+    dtype = torch.get_autocast_dtype(DEVICE.type)
+    if not (value.is_leaf and value.requires_grad and torch.is_autocast_cache_enabled()):
+        return value.to(dtype)
+    if id(value) not in _NARROW:
+        _NARROW[id(value)] = value.to(dtype)
+    return _NARROW[id(value)]
+
+
+def _narrow_product(operation: Any, *args: Any) -> Any:
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    with torch._C._ExcludeDispatchKeyGuard(key):
+        return operation(*tree_map(_narrow, args))
+
+
+for _name in ("linear", "matmul", "mm", "bmm", "addmm"):
+    _operation = getattr(torch.ops.aten, _name).default
+    _KERNELS.impl(_name, partial(_narrow_product, _operation), "AutocastPrivateUse1")
+
+
+def _end_autocast() -> None:
+    _NARROW.clear()
+    _clear_autocast_cache()
+
+
+_clear_autocast_cache = torch.clear_autocast_cache
+_tensor, _Generator, _attention = torch.tensor, torch.Generator, F.scaled_dot_product_attention
 
 
 def _make_tensor(data: Any, **options: Any) -> Tensor:
@@ -213,6 +303,29 @@ def _make_tensor(data: Any, **options: Any) -> Tensor:
         return _tensor(data, device=device, **options)
     requires_grad = options.pop("requires_grad", False)
     return _tensor(data, device="cpu", **options).to(device).requires_grad_(requires_grad)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention in one fused operation, as on a GPU, unless its second derivative is asked for."""
+    if not isinstance(query, CountingTensor) or not torch.backends.cuda.flash_sdp_enabled():
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if torch.is_autocast_enabled(DEVICE.type):
+        query, key, value = map(_narrow, (query, key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = bias.masked_fill_(attn_mask.logical_not(), -torch.inf)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 class _MadeGenerator(torch.Generator):
@@ -271,6 +384,8 @@ def counting() -> Iterator[Counts]:
         patch("torch.tensor", _make_tensor),
         patch("torch.Generator", _MadeGenerator),
         patch("torch.Event", _Event),
+        patch("torch.clear_autocast_cache", _end_autocast),
+        patch("torch.nn.functional.scaled_dot_product_attention", _attend),
     ):
         COUNTS.reset()
         yield COUNTS
@@ -287,5 +402,10 @@ def trainer(**options: Any) -> L.Trainer:
     """A Trainer on the counting device that writes and prints nothing; options go before that."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     strategy = SingleDeviceStrategy(DEVICE, accelerator=CountingAccelerator())
+    if (precision := options.get("precision", "")).endswith(
+        "-mixed"
+    ):  # Lightning takes CUDA's autocast
+        del options["precision"]
+        options["plugins"] = MixedPrecision(precision, DEVICE.type)
     options = {"strategy": strategy, "inference_mode": False, **options}
     return L.Trainer(**{**dict.fromkeys(off, False), **options})

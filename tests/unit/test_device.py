@@ -126,6 +126,22 @@ def test_what_is_counted() -> None:
         assert counts.to_host == 2000
 
 
+def test_what_memory_is_for() -> None:
+    with device.counting() as counts:
+        weight = torch.ones(1000).to(device.DEVICE).requires_grad_()
+        counts.name("weights", [weight])
+        counts.reset()
+        before = counts.at_peak()
+        weight.exp().sum().backward()
+        counts.name("state", [weight.grad])  # which is called a gradient at first
+        more = {kind: size - before[kind] for kind, size in counts.at_peak().items()}
+    assert {kind: size for kind, size in more.items() if size} == {
+        "activations": 4008,
+        "state": 4000,
+    }
+    assert sum(counts.at_peak().values()) == counts.peak
+
+
 def test_gradients_are_those_of_the_cpu(tiny_model: str) -> None:
     tokens = torch.randint(3, 90, (2, 9))
     gradients = []

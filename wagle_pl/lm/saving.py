@@ -211,7 +211,7 @@ def save_model(
         for name, tensor in state_dict.items():
             key = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name
             if key not in restored:
-                restored[key] = originals.restore(name, tensor)
+                restored[key] = originals.restore(name, tensor.cpu())  # a device may be full
             state_dict[name] = restored[key]
     with model_folder(folder, tokenizer, card, record, dtype) as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)

@@ -140,10 +140,14 @@ def take_(
     if places is None:
         return out.add_(dense) if add else out.copy_(dense)
     # torch selects from integers in three quarters of the time that it takes for floats
-    flat = dense.reshape(-1).view(_INTEGER[dense.element_size()])
+    integer = _INTEGER[dense.element_size()]
+    flat, direct = dense.reshape(-1).view(integer), not add and out.dtype == dense.dtype
     start, buffer = 0, flat.new_empty(0)
     for index in places:
         part, start = out[start : start + len(index)], start + len(index)
+        if direct:
+            torch.index_select(flat, 0, index, out=part.view(integer))
+            continue
         buffer = buffer if len(index) <= len(buffer) else flat.new_empty(len(index))
         taken = torch.index_select(flat, 0, index, out=buffer[: len(index)]).view(dense.dtype)
         part.add_(taken) if add else part.copy_(taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -240,8 +241,14 @@ class UnlearnModule(FinetuneModule):
             batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
         random, context = random_state(self.device), self.trainer.precision_plugin.forward_context()
-        with evaluating(self.lm), torch.set_grad_enabled(not self.sharded), context:
-            loss = self.objective(self._streams(batch, sums, torch.no_grad))["loss"]
+        at = self._streams(batch, sums, torch.no_grad)
+        with evaluating(self.lm), context:
+            try:
+                with torch.no_grad():  # a graph would take more memory than those of a step
+                    loss = self.objective(at)["loss"]
+            except RuntimeError:  # if the objective differentiates
+                with torch.set_grad_enabled(not self.sharded):
+                    loss = self.objective(replace(at))["loss"]
         set_random_state(random, self.device)
         if loss.shape:
             raise WagleError(
