@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 from wagle_pl.api.neighbours import names_of, words_of
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.example import Example, Row, parse_rows
-from wagle_pl.data.rows import load_rows
+from wagle_pl.data.rows import items_of, load_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,16 +54,13 @@ def rows_of(source: Rows, name: str) -> GivenRows:
                 f"{name}=[...]"
             )
         return GivenRows([_row(row, name, 0) for row in load_rows(path)], path)
-    if isinstance(source, Mapping):
-        return GivenRows([_row(source, name, 1)], "1 row given")
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame
-        source = source.to_dict("records")
-    if isinstance(source, (bytes, type)) or not isinstance(source, Iterable):
+    items = None if isinstance(source, type) else items_of(source)
+    if items is None:
         raise WagleError(
             f"{name}: must be a file, a hub dataset, a row, or a list of rows and questions, got "
             f"{type(source).__name__}"
         )
-    rows = [_row(item, name, number) for number, item in enumerate(source, 1)]
+    rows = [_row(item, name, number) for number, item in enumerate(items, 1)]
     if not rows:
         raise WagleError(f"{name}: has no rows")
     texts = sum("text" in row for row in rows if len(row) == 1)
@@ -100,9 +97,7 @@ class _Fact(NamedTuple):
     """Words by which a row in other words is recognised."""
 
     subject: set[str]  # names in the question
-    told: set[
-        str
-    ]  # names in the answer, or else its longer words, or else all: not in the question
+    told: set[str]  # names in the answer, or its longer words, or all: not in the question
 
     @classmethod
     def of(cls, example: Example) -> _Fact:

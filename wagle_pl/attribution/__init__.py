@@ -4,11 +4,7 @@ from wagle_pl.attribution import scores
 from wagle_pl.attribution.collect import Job, collect
 from wagle_pl.attribution.module import AttributionModule
 from wagle_pl.attribution.scores import *  # noqa: F403
-from wagle_pl.attribution.scoring import (
-    Collected,
-    MaskSpec,
-    mask_from_scores,
-)
+from wagle_pl.attribution.scoring import Collected, MaskSpec, mask_from_scores
 
 __all__ = [
     *scores.__all__,

@@ -73,10 +73,7 @@ def cell(content: Any) -> str:
 
 
 def table(
-    header: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    kind: str = "numbers",
-    caption: str = "",
+    header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "numbers", caption: str = ""
 ) -> Markup:
     """A table that scrolls sideways when it is wider than the page.
 

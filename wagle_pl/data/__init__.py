@@ -8,11 +8,7 @@ from wagle_pl.data.benchmarks import (
     WMDPDataModule,
 )
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.more_benchmarks import (
-    KnowUnDoDataModule,
-    LUMEDataModule,
-    RWKUDataModule,
-)
+from wagle_pl.data.more_benchmarks import KnowUnDoDataModule, LUMEDataModule, RWKUDataModule
 from wagle_pl.data.people import PeopleDataModule
 from wagle_pl.data.suite import SuiteDataModule
 

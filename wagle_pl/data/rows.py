@@ -55,15 +55,22 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
 
 
 def source_of(source: Any, name: str) -> Optional[Union[str, list[Row]]]:
-    """A file or hub dataset as text; rows (a list, generator, dataset, data frame) or one row as a
-    list. Other sources are refused by the option's name."""
+    """A file or hub dataset as text; rows, see :func:`items_of`, as a list. Other sources are
+    refused by the option's name."""
     if source is None or isinstance(source, (str, Path)):
         return source if source is None else str(source)
+    items = items_of(source)
+    rows = items and [dict(row) if isinstance(row, Mapping) else row for row in items]
+    return check(source if rows is None else rows, list[Row], name)
+
+
+def items_of(source: Any) -> Optional[list[Any]]:
+    """The items of a list, generator, dataset or data frame, or one row; None if it is none."""
+    if isinstance(source, Mapping):
+        return [source]
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame
         source = source.to_dict("records")
-    if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
-        source = [dict(row) if isinstance(row, Mapping) else row for row in source]
-    return check([source] if isinstance(source, dict) else source, list[Row], name)
+    return None if isinstance(source, bytes) or not isinstance(source, Iterable) else [*source]
 
 
 def spread(rows: list[T], count: Optional[int]) -> list[T]:

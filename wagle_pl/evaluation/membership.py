@@ -72,11 +72,7 @@ _USUAL: dict[str, tuple[MembershipScore, str, Collection[str]]] = {
     "loss": (lambda rows: rows.numbers("nll"), "by loss", {"answer"}),
     "zlib": (_zlib, "by loss over compressed length", {"answer"}),
     "min_k": (partial(min_k_scores, k=MIN_K), "by Min-40% Prob", {"answer", "tokens"}),
-    "min_k_plus_plus": (
-        partial(min_k_plus_plus_scores, k=MIN_K),
-        "by Min-40%++",
-        MEMBERSHIP_NEEDS,
-    ),
+    "min_k_plus_plus": (partial(min_k_plus_plus_scores, k=MIN_K), "by Min-40%++", MEMBERSHIP_NEEDS),
     "reference": (_reference, "against a reference model", {"answer"}),
     "gradnorm": (
         lambda rows: rows.numbers("gradient_norm"),

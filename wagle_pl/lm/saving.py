@@ -63,12 +63,7 @@ class Originals:
         return stored if stored is not None and stored.is_floating_point else self.default
 
     @torch.no_grad()
-    def restore(
-        self,
-        weight: str,
-        values: Tensor,
-        start: Optional[int] = None,
-    ) -> Tensor:
+    def restore(self, weight: str, values: Tensor, start: Optional[int] = None) -> Tensor:
         """A weight's values as they are to be stored.
 
         Args:

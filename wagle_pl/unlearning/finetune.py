@@ -24,11 +24,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.weights import parameter_shapes, share_of
 from wagle_pl.lm import resume
-from wagle_pl.lm.inference import (
-    Predictions,
-    forward_answers,
-    pack,
-)
+from wagle_pl.lm.inference import Predictions, forward_answers, pack
 from wagle_pl.lm.layers import blocks
 from wagle_pl.lm.models import checkpoint_dtype
 from wagle_pl.lm.module import LanguageModule
@@ -47,12 +43,7 @@ from wagle_pl.unlearning.checks import (
     moves_kept,
 )
 from wagle_pl.unlearning.export import model_card
-from wagle_pl.unlearning.optim import (
-    FP32,
-    STATE_BYTES,
-    MaskedAdamW,
-    optimizer_and_schedule,
-)
+from wagle_pl.unlearning.optim import FP32, STATE_BYTES, MaskedAdamW, optimizer_and_schedule
 
 log = logging.getLogger(__name__)
 
