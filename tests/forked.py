@@ -55,6 +55,7 @@ def _call(
     target: Callable[..., None], args: Any, folder: str, output: str, env: Mapping[str, str]
 ) -> None:
     os.setsid()
+    multiprocessing.current_process().daemon = False  # it may start others, as a command in a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     os.chdir(folder)
     os.environ.clear()

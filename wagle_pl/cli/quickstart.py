@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import shlex
+import signal
+import threading
 import time
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from wagle_pl.cli import LazyModule, app
+from wagle_pl.cli.messages import fail, mistake, quiet
 from wagle_pl.core.environment import prepare_libraries, silence
 from wagle_pl.core.reading import read_json
 from wagle_pl.core.text import markdown_table
 
 people = LazyModule("wagle_pl.data.people")
 tiny = LazyModule("wagle_pl.lm.tiny")
+torch = LazyModule("torch")
 RUNS = Path("runs/people")
 
-#: Row of the table -> options that make it differ from the configuration.
-UNLEARNED = {
-    "dense NPO": ("dense_npo", "--model.mask null"),
-    "random mask NPO": ("random_npo", f"--model.mask {RUNS}/masks/random.safetensors"),
-    "WAGLE NPO": ("wagle_npo", f"--model.mask {RUNS}/masks/wagle.safetensors"),
-}
+#: Row of the table -> model.
+MODELS = {"target": "target", "retrained": "retrained", "dense NPO": "dense_npo"}
+MODELS |= {"random mask NPO": "random_npo", "WAGLE NPO": "wagle_npo"}
 COLUMNS = {
     "forget prob.": "forget/probability",
     "forget ROUGE-L": "forget/rougeL_recall",
@@ -36,53 +42,112 @@ TRIAL = {"fit": "--trainer.max_steps 2", "test": "--data.limit_test 4 --model.ma
 def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
     """Train, attribute, unlearn and test on the bundled people, and print the results in one table.
 
-    Each printed line is a command that you can type; here all of them run in one process. They
-    write to the folder runs/people.
+    Each printed line is a command that you can type. Commands that do not need each other run
+    side by side, one thread each. They write to the folder runs/people.
 
     Args:
         verbose: show what each command prints.
         trial: only two steps, a few rows and WAGLE's mask, to check that everything works here.
     """
-    prepare_libraries()
     started = time.monotonic()
-    sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
-    rows_to_know = [row for name in sets for row in people.bundled(name)]
-    texts = [row[column] for row in rows_to_know for column in ("question", "answer")]
-    tiny.create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
-    print(f"a tiny Llama with random weights is in {RUNS}/base; now:", flush=True)
-
-    def wagle(command: str) -> None:
-        step = time.monotonic()
-        print(f"  wagle {command}", end="", flush=True)
-        with contextlib.nullcontext() if verbose else silence():
-            options = TRIAL[command.split()[0]] if trial else ""
-            app.run(shlex.split(f"{command} --model.overwrite true {options}"))
-        print(f"   [{time.monotonic() - step:.0f} s]", flush=True)
-
-    arms = {row: arm for row, arm in UNLEARNED.items() if not trial or row.startswith("WAGLE")}
-    models = ["target", "retrained"]
-    rows = dict(zip(models, models, strict=True)) | {row: arm for row, (arm, _) in arms.items()}
-    attribute = "fit --config people/data --config task/attribute"
-    wagle("fit --config people/finetune")
-    wagle(f"fit --config people/finetune --model.train_on retain --model.output {RUNS}/retrained")
-    wagle(attribute)
-    if not trial:
-        wagle(f"{attribute} --model.score random --model.output {RUNS}/masks/random")
-    for name, options in arms.values():
-        wagle(f"fit --config people/unlearn --model.output {RUNS}/{name} {options}")
-    for name in ("retrained", *(name for name in rows.values() if name != "retrained")):
-        against = "" if name == "retrained" else f" --model.retrained {RUNS}/retrained/test"
-        folders = f"--model.model {RUNS}/{name} --model.output {RUNS}/{name}/test"
-        test = "test --config people/data --config task/test --model.max_new_tokens 40"
-        wagle(f"{test} {folders}{against}")
-    files = {row: RUNS / name / "test/metrics.json" for row, name in rows.items()}
-    metrics = {row: read_json(file, dict[str, float]) for row, file in files.items()}
-    cells = [
-        [row, *(f"{measured[key]:.3g}" if key in measured else "" for key in COLUMNS.values())]
-        for row, measured in metrics.items()
-    ]
+    commands = _commands(trial)
+    print(f"a tiny Llama with random weights in {RUNS}/base, and then:", flush=True)
+    _run_all(commands, verbose)
+    cells = []
+    for row in (row for row, name in MODELS.items() if name in commands):
+        values = read_json(RUNS / MODELS[row] / "test/metrics.json", dict[str, float])
+        cells.append([row, *(f"{values[k]:.3g}" if k in values else "" for k in COLUMNS.values())])
     print(f"\n{markdown_table(['model', *COLUMNS], cells)}\n")
-    what = "forget quality is the p-value against the retrained model's answers"
-    print(f"{what}; {time.monotonic() - started:.0f} s in all")
-    where = "(metrics.json and *.parquet in each <model>/test)"
-    print(f"models, masks and every generation are in {RUNS}/ {where}")
+    print("forget quality is the p-value against the retrained model's answers;", end=" ")
+    print(f"{time.monotonic() - started:.0f} s in all")
+    print(f"models, masks, metrics.json and all generations (*.parquet) are in {RUNS}/")
+
+
+def _commands(trial: bool) -> dict[str, tuple[str, set[str]]]:
+    """Name -> command, and the names of those that come before it."""
+    finetune, masks, data = "fit --config people/finetune", f"{RUNS}/masks", "--config people/data"
+    attribute, unlearn = f"fit {data} --config task/attribute", "fit --config people/unlearn"
+    retrain = f"{finetune} --model.train_on retain --model.output {RUNS}/retrained"
+    random = f"{attribute} --model.score random --model.output {masks}/random"
+    commands = {
+        "target": (finetune, {"base"}),
+        "retrained": (retrain, {"base"}),
+        "wagle": (attribute, {"target"}),
+        "random": (random, {"target"}),
+    }
+    for name, mask in ("dense", None), ("random", "random"), ("wagle", "wagle"):
+        selected = f"{masks}/{mask}.safetensors" if mask else "null"
+        options = f"--model.output {RUNS}/{name}_npo --model.mask {selected}"
+        commands[f"{name}_npo"] = (f"{unlearn} {options}", {mask or "target"})
+    for name in sorted(MODELS.values(), key="retrained".__ne__):
+        against = f" --model.retrained {RUNS}/retrained/test" if name != "retrained" else ""
+        folders = f"--model.model {RUNS}/{name} --model.output {RUNS}/{name}/test{against}"
+        test = f"test {data} --config task/test --model.max_new_tokens 40 {folders}"
+        commands[f"{name}/test"] = (test, {name, *(["retrained/test"] if against else [])})
+    if trial:
+        return {
+            name: (f"{command} {TRIAL[command.split()[0]]}", before)
+            for name, (command, before) in commands.items()
+            if not name.startswith(("dense", "random"))
+        }
+    return commands
+
+
+def _run_all(commands: dict[str, tuple[str, set[str]]], verbose: bool) -> None:
+    """Make the base, then run commands side by side, each once those before it are done.
+
+    Raises:
+        SystemExit: with the status of a command that fails; all others are killed.
+    """
+    # One process imports the libraries, and each command's process is forked from that one.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["wagle_pl.cli.lightning"])
+    all_cores = range(os.cpu_count() or 1)
+    slots = len(getattr(os, "sched_getaffinity", lambda _: all_cores)(0))
+    waiting, done = {"base": ("", set[str]()), **commands}, set[str]()
+    running: dict[Any, tuple[str, BaseProcess, float]] = {}  # by what wait() takes
+    try:
+        while waiting or running:
+            ready = [name for name, (_, before) in waiting.items() if before <= done]
+            for name in ready[: slots - len(running)]:
+                command, _ = waiting.pop(name)
+                process: BaseProcess = context.Process(target=_run, args=(command, verbose))
+                process.start()
+                running[process.sentinel] = name, process, time.monotonic()
+                print(f"  wagle {command}\n" if command else "", end="", flush=True)
+            for handle in wait(list(running)):
+                name, process, since = running.pop(handle)
+                process.join()
+                if (status := process.exitcode or 0) < 0:
+                    fail(f"quickstart: {name} was ended by signal {-status}")
+                if status:
+                    raise SystemExit(status)
+                done.add(name)
+                print(f"    [{time.monotonic() - since:.0f} s] {name}", flush=True)
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+            process.join()
+
+
+def _run(command: str, verbose: bool) -> None:
+    """Run a command, or make the base, in this process, which ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    parent = [multiprocessing.parent_process().sentinel]
+    threading.Thread(target=lambda: wait(parent) and os._exit(1), daemon=True).start()
+    quiet()
+    prepare_libraries()
+    torch.set_num_threads(1)  # sums, and so the table's digits, depend on the number
+    try:
+        with contextlib.nullcontext() if verbose else silence():
+            if command:
+                app.run([*shlex.split(command), "--model.overwrite", "true"])
+                return
+            sets = ("forget", "retain", "holdout", "real_authors", "world_facts")
+            rows = [row for name in sets for row in people.bundled(name)]
+            texts = [row[column] for row in rows for column in ("question", "answer")]
+            tiny.create_tiny_llama(RUNS / "base", texts, hidden_size=192, layers=2, heads=6)
+    except Exception as error:
+        if (line := mistake(error)) is None:
+            raise
+        fail(f"{line} (in: wagle {command})")
