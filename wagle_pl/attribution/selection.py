@@ -160,6 +160,7 @@ def find_thresholds(
             upper += torch.bincount((keys >> 16).add_(_OFFSET), minlength=_HALF).cpu()
         if upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any():
             not_finite = not_finite or [name]
+        del tensor  # before the next is computed
     _check_finite(not_finite)
     upper = distributed.all_reduce_sum(upper)
     ks = counts(int(upper.sum()))
@@ -171,6 +172,7 @@ def find_thresholds(
             for bin_, count in lower.items():
                 inside = _at(keys, upper_bits == bin_ - _OFFSET) & (_HALF - 1)
                 count += torch.bincount(inside, minlength=_HALF).cpu()
+        del tensor
     lower = {bin_: distributed.all_reduce_sum(count) for bin_, count in lower.items()}
     thresholds = []
     for k, (bin_, above) in zip(ks, places, strict=True):
@@ -228,6 +230,7 @@ def _select_global(
     taken = torch.zeros(len(densities), dtype=torch.int64)
     for name, tensor in scores():
         bits = _take(tensor, thresholds, ranking)
+        del tensor
         taken += torch.tensor([count_bits(packed) for packed in bits])
         yield name, bits
     if distributed.all_reduce_sum(taken).tolist() != wanted:

@@ -1,13 +1,14 @@
 """``wagle plan``: memory and disk of a run from a model's shapes alone; nothing is loaded or run.
 
-A run passes through *moments*, each of which needs its own parts (:class:`Part`); its peak is the
+A step has three *moments*, each of which needs its own parts (:class:`Part`); a run's peak is the
 largest sum of a moment's parts. Formulas are in bytes, for one device, with
 
     n  weights                          w  bytes per weight as the model computes with it
     m  weights of the largest tensor    c  bytes of a matrix product's inputs and outputs
     s  weights that may move            ranks  devices, over which ZeRO divides
 
-``bin/benchmarks/plan.py`` compares the predictions with what real runs take.
+``tests/unit/test_plan_counted.py`` holds those for one device against the bytes that a counting
+device holds; ``bin/benchmarks/plan.py`` compares all with the memory of processes on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from math import prod
 from typing import Any, Literal, NamedTuple, Optional
 
 from wagle_pl.attribution import hessian as hessians
-from wagle_pl.attribution.sums import Sums, runs_of
+from wagle_pl.attribution.sums import BLOCK, Sums, runs_of
 from wagle_pl.core.errors import WagleError, check_counts, check_density
 from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.text import fields, table
@@ -30,20 +31,18 @@ GIB, FP32 = 1 << 30, 4
 BUCKET = 200_000_000  # most values in one of DeepSpeed's buckets (Lightning's default)
 LIVE = 1_000_000_000  # most weights that ZeRO-3 keeps gathered (``stage3_max_live_parameters``)
 CPU_OVERHEAD = 600 << 20  # of interpreter and libraries in a process: measured
-KEPT = 96 << 20  # of freed memory that the C library does not give back, on a CPU: measured
 GPU_OVERHEAD = 1 << 30  # of CUDA context, cuBLAS and NCCL on a GPU: assumed, not measured
 USABLE = 0.92  # share of a GPU's memory that plans use; the rest is left to fragmentation
 COUNTS = (1, 2, 4, 8)  # of devices for which plans are shown
 
-MOMENTS = LOAD, FORWARD, BACKWARD, STEP, END = "load", "forward", "backward", "step", "end"
-RUNNING = MOMENTS[1:]
+MOMENTS = FORWARD, BACKWARD, STEP = "forward", "backward", "step"
+GRAPH = (FORWARD, BACKWARD)  # the moments in which one exists
 #: Precision -> bytes of a weight in memory, bytes of a matrix product's inputs and outputs.
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 PRECISIONS |= {"16-mixed": (4, 2), "16-true": (2, 2)}
-#: ZeRO stage under the names of Lightning and of ``configs/strategy``; ``_offload`` ends some.
-STAGES = {"auto": 0, "ddp": 0, "deepspeed_stage_2_offload": 2, "deepspeed_stage_3_offload": 3}
-STAGES |= {f"{kind}{stage}": stage for kind in ("zero", "deepspeed_stage_") for stage in (1, 2, 3)}
-STAGES["zero3_offload"] = 3
+#: Names of strategies: of ``configs/strategy``, and Lightning's; a digit is ZeRO's stage.
+STRATEGIES: tuple[str, ...] = ("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+STRATEGIES += tuple(f"deepspeed_stage_{end}" for end in ("1", "2", "2_offload", "3", "3_offload"))
 
 
 class Part(NamedTuple):
@@ -51,7 +50,7 @@ class Part(NamedTuple):
 
     name: str
     bytes: float
-    moments: Sequence[str] = RUNNING
+    moments: Sequence[str] = MOMENTS
     where: str = "device"
 
 
@@ -61,11 +60,9 @@ class Architecture(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # parameter name -> shape, tied weights once
     hidden: int
     layers: int
-    heads: int
-    attention: int  # size of all query heads together
-    keys: int  # the same for key heads
+    keys: int  # size of all key heads together
     inner: int  # of the MLP
-    gated: bool  # as in Llama, or not, as in GPT-2
+    products: int  # numbers per token that a block keeps of its products of matrices
     vocabulary: int
     tied: bool  # one tensor is both embedding and output matrix
     stored: int  # bytes per weight on disk
@@ -97,20 +94,20 @@ def architecture(name: str) -> Architecture:
         raise WagleError(f"{name!r}: {what}: {reason}", option="model") from None
     config, shapes = full.get_text_config(), parameter_shapes(lm)
     embedding, output = lm.get_input_embeddings().weight, lm.get_output_embeddings()
-    layers = {parameter: layer_of(parameter) for parameter in shapes}
-    matrices = [s for n, s in shapes.items() if layers[n] is not None and len(s) == 2]
+    of_blocks = {n: s for n, s in shapes.items() if layer_of(n) is not None}
+    layers = len({*map(layer_of, of_blocks)})
+    larger = [max(shape) for shape in of_blocks.values() if len(shape) > 1]
     vocabulary, hidden = embedding.shape
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // heads
+    gated = any("gate" in parameter for parameter in of_blocks)  # as in Llama; not in GPT-2
     return Architecture(
-        shapes=shapes,
-        hidden=hidden,
-        layers=len({*layers.values()} - {None}),
-        heads=heads,
-        attention=heads * head,
+        shapes,
+        hidden,
+        layers,
         keys=(getattr(config, "num_key_value_heads", None) or heads) * head,
-        inner=getattr(config, "intermediate_size", None) or max(map(max, matrices)),
-        gated=any("gate" in parameter for parameter in shapes),
+        inner=max(larger),
+        products=sum(larger) // layers + gated * max(larger),
         vocabulary=vocabulary,
         tied=output is not None and output.weight is embedding,
         stored=(full.dtype if isinstance(full.dtype, torch.dtype) else torch.float32).itemsize,
@@ -123,10 +120,9 @@ class PlannedRun:
 
     Args:
         task: attribution, unlearning, finetuning or test.
-        strategy: auto (one device, or DDP), ddp, zero1, zero2, zero3, zero3_offload, or Lightning's
-            names for them.
+        strategy: auto (one device, or DDP), ddp, zero1, ..., zero3_offload, or Lightning's names.
         devices: number of devices, over all machines.
-        precision: as trainer.precision: 32-true, bf16-mixed, bf16-true, 16-mixed or 16-true.
+        precision: as trainer.precision.
         accelerator: gpu, or cpu (a device is then a process).
         density: share of weights in the mask; 1 means no mask.
         estimator: a Hessian estimate; None where the Hessian is a scalar.
@@ -135,14 +131,14 @@ class PlannedRun:
         optimizer: MaskedAdamW, AdamW, AdamW8bit (two 8-bit moments) or SGD.
         batch_size: rows, or pairs of rows, per device and micro-batch.
         max_length: tokens per row, padding included.
+        packing: run the rows of a batch as one.
         accumulate_grad_batches: micro-batches per step.
         gradient_checkpointing: recompute activations in the backward pass.
-        frozen_copy: whether the objective keeps a copy of the model before unlearning (KL, UNDIAL,
-            hidden states).
+        frozen_copy: whether the objective reads the model before unlearning (KL, UNDIAL).
     """
 
     task: Literal["attribution", "unlearning", "finetuning", "test"] = "unlearning"
-    strategy: Literal[tuple(STAGES)] = "auto"  # type: ignore[valid-type]
+    strategy: Literal[STRATEGIES] = "auto"  # type: ignore[valid-type]
     devices: int = 1
     precision: Literal[tuple(PRECISIONS)] = "bf16-true"  # type: ignore[valid-type]
     accelerator: Literal["gpu", "cpu"] = "gpu"
@@ -153,6 +149,7 @@ class PlannedRun:
     optimizer: Literal[tuple(STATE_BYTES)] = "MaskedAdamW"  # type: ignore[valid-type]
     batch_size: int = 1
     max_length: int = 512
+    packing: bool = False
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
     frozen_copy: bool = False
@@ -162,15 +159,16 @@ class PlannedRun:
         counts = ("devices", "batch_size", "max_length", "accumulate_grad_batches")
         check_counts("", **{name: getattr(self, name) for name in counts})
         check_density(self.density)
-        run = (self.precision, self.stage, self.devices, self.estimator, Sums.parse(self.sums))
+        sums = Sums.parse(self.sums)
         if self.task == "attribution":
-            hessians.check_run(*run)
+            run = (self.precision, self.stage, self.devices, self.estimator)
+            hessians.check_run(*run, sums)
         if self.stage == 3 and self.frozen_copy:
             raise WagleError("does not work under ZeRO-3; choose another", option="frozen_copy")
 
     @property
     def stage(self) -> int:
-        return STAGES[self.strategy]
+        return next((int(letter) for letter in self.strategy if letter.isdigit()), 0)
 
     @property
     def offload(self) -> bool:
@@ -201,34 +199,15 @@ class PlannedRun:
 # -- formulas --------------------------------------------------------------------------------------
 
 
-def block_bytes(model: Architecture, c: int) -> int:
-    """2 h (4 + 2 c) + 4 q c + 4 heads + (4 or 2) i c: bytes per token that a block keeps.
+def block_bytes(model: Architecture, w: int, c: int, trained: float = 1.0) -> float:
+    """Bytes per token that a block keeps: of each matrix the larger of its input and its output (keys
+    and values are repeated for all heads), of a gated MLP its activation, too; of two norms the
+    input in fp32, its normalised form, and the output (under autocast, for each of five matrices).
 
-    Two norms keep their input in fp32, the normalised input and their output; attention keeps
-    queries, keys, values (repeated for every head) and its output, and one fp32 number per head; a
-    gated MLP keeps gate, its activation, up and their product (one without a gate: two). Derived
-    like Korthikanti et al. 2022 (arXiv 2205.05198), for the Llama block.
+    ``trained`` is the share of weights with a gradient, for which inputs of matrices are kept.
     """
-    norms, attention = 2 * model.hidden * (FP32 + 2 * c), 4 * model.attention * c
-    return norms + attention + FP32 * model.heads + (4 if model.gated else 2) * model.inner * c
-
-
-def activation_bytes(model: Architecture, tokens: int, c: int, checkpointing: bool = False) -> int:
-    """All blocks and the last norm; with checkpointing, each block's input and one block."""
-    block = block_bytes(model, c)
-    kept = model.layers * model.hidden * c + block if checkpointing else model.layers * block
-    return tokens * (kept + model.hidden * (FP32 + 2 * c))
-
-
-def logit_bytes(
-    model: Architecture, tokens: int, c: int, streams: int = 1, sharded: bool = False
-) -> int:
-    """Logits, their log-softmax and its gradient (these two in fp32) of each stream's tokens or, if
-    they are more than a chunk, of one chunk. With sharded weights (ZeRO-3), logits of all tokens
-    are computed at once, and kept with their gradient."""
-    numbers = tokens * model.vocabulary
-    chunk = CHUNK if numbers > CHUNK else streams * numbers
-    return chunk * (c + 2 * FP32) + 2 * streams * numbers * c * (sharded and numbers > CHUNK)
+    norms = 2 * FP32 + trained * (2 * w + (5 if w > c else 2) * c)
+    return model.hidden * norms + (model.products - (1 - trained) * model.inner) * c
 
 
 def sums_per_weight(run: PlannedRun) -> int:
@@ -237,48 +216,45 @@ def sums_per_weight(run: PlannedRun) -> int:
 
 
 def _attribution(model: Architecture, run: PlannedRun) -> Iterator[Part]:
-    """Only one tensor has a gradient at a time (two gradients if it is embedding and output
-    matrix), converted to fp32 if it is narrower; several ranks add it up in a copy. ``passes=K``:
-    sums are of the largest group of parameters."""
-    n, m, w, ranks, gpu = *_sizes(model, run), run.devices, run.accelerator == "gpu"
+    """Sums, with ``passes=K`` of the largest group of parameters; and copies of the gradient of one
+    tensor: in fp32, for the sum over ranks, or on its way to the host."""
+    n, m, w, ranks = model.weights, max(model.sizes), run.width, run.devices
     host, passes = Sums.parse(run.sums)
     share = max(sum(model.sizes[i] for i in group) for group in runs_of(model.sizes, passes))
     where = "host" if host else "device"
-    yield Part("sums of gradients", sums_per_weight(run) * share / ranks, RUNNING, where)
-    gradient: float = (2 if model.tied else 1) * w * m
-    gradient += FP32 * m * ((w < FP32 and (ranks > 1 or not host)) + (ranks > 1) * (1 + 1 / ranks))
-    gradient += (w if ranks == 1 else FP32 / ranks) * m * (host and gpu)
-    yield Part("gradient of one tensor", gradient, (BACKWARD,))
-    ddp = run.stage == 0 and ranks > 1 and gpu  # on a CPU, untouched memory takes no room
+    yield Part("sums of gradients", sums_per_weight(run) * share / ranks, MOMENTS, where)
+    copies: float = w * host + FP32 * (w < FP32 and (ranks > 1 or not host))
+    copies += FP32 * (1 + 1 / ranks) * (ranks > 1)
+    output = w * model.vocabulary * model.hidden * model.tied  # waits for the embedding's
+    yield Part("copies of a gradient", copies * m + output, (BACKWARD,))
+    ddp = run.stage == 0 and ranks > 1 and run.accelerator == "gpu"  # a CPU does not touch them
     yield Part("buckets of DDP, unused", n * w * ddp)
     temporaries = run.estimator.temporaries if run.estimator else 0
     yield Part("tensors of the Hessian estimate", temporaries * n * w, (BACKWARD,))
+    yield Part("scores of one tensor", FP32 * (m + 6 * min(m, BLOCK)), (STEP,))  # in blocks
 
 
 def _training(model: Architecture, run: PlannedRun) -> Iterator[Part]:
-    """Values, their places, gradients and optimiser state of the weights that move. Only the
-    selected entries of a tensor's gradient are kept; under ZeRO-3 places are bits."""
-    n, m, w = _sizes(model, run)
-    s, copy = n * run.moving, w if run.frozen_copy else 0
-    bits = n / 8 / run.devices if run.masked and run.stage == 3 else 0
-    yield Part("mask bits", bits, MOMENTS)
-    yield Part("places of the values", FP32 * s * (run.masked and run.stage < 3), MOMENTS)
-    yield Part("values at θ₀", copy * s, MOMENTS)
-    yield Part("one tensor at θ₀", copy * m * run.masked, (FORWARD,))
+    """Values, their places (under ZeRO-3 bits), gradients and optimiser state of the weights that
+    move."""
+    n, w, gpu = model.weights, run.width, run.accelerator == "gpu"
+    s = n * run.moving
+    yield Part("mask bits", n / 8 / run.devices * (run.masked and run.stage == 3))
+    yield Part("places of the values", FP32 * s * (run.masked and run.stage < 3))
+    yield Part("values at θ₀", w * s * run.frozen_copy)
     written = model.stored != w and run.stage < 3  # in another type than it is computed with
-    yield Part("export", n * model.stored * written, (END,))
+    yield Part("export", n * model.stored * written, (STEP,), "host")
     if run.stage:
         yield from _zero(model, run)
         return
     values = run.masked or w < FP32  # apart from the weights
-    terms = run.task == "unlearning" and run.streams == 1 and run.accumulate_grad_batches > 1
-    copied = run.optimizer == "AdamW" and run.accelerator == "gpu"  # torch's makes one fp32 copy
-    yield Part("values", FP32 * s * values, MOMENTS)
-    yield Part("gradients", FP32 * s)
-    yield Part("gradient of one tensor", w * m * (values or model.tied), (BACKWARD,))
-    yield Part("gradient of a term", FP32 * s * terms, (BACKWARD,))
+    several = run.accumulate_grad_batches > 1
+    by_term = run.task == "unlearning" and run.streams == 1
+    yield Part("values", FP32 * s * values)
+    yield Part("gradients", FP32 * s, MOMENTS if values or several or by_term else (STEP,))
+    yield Part("gradient of a term", FP32 * s * (by_term and several), (FORWARD,))
     yield Part("optimiser state", STATE_BYTES[run.optimizer] * s)
-    yield Part("step", FP32 * s * copied, (STEP,))
+    yield Part("step", FP32 * s * (run.optimizer == "AdamW" and gpu), (STEP,))  # torch's has a copy
     yield Part("buckets of DDP", FP32 * s * (run.devices > 1))
 
 
@@ -286,80 +262,74 @@ def _zero(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     """ZeRO's flat partitions, in fp32 even if the values are, and its buckets.
 
     Stage 3 keeps the tensors into which values were written, with their bits, in the graph of each
-    stream; with checkpointing, those of one block and of the output matrix. Under stages 1 and 2
-    two buckets take turns. Over several micro-batches stage 1 keeps whole gradients, stage 2 a
-    rank's share.
+    stream; with checkpointing, those of one block and of the output matrix. Over several
+    micro-batches stage 1 keeps whole gradients, stage 2 a rank's share.
     """
-    n, m, w = _sizes(model, run)
-    s, sharded, gpu = n * run.moving, run.stage == 3, run.accelerator == "gpu"
-    share, where = s / run.devices, "host" if run.offload else "device"
-    bucket, turns = min(BUCKET, s), 1 if sharded or not (gpu or s > BUCKET) else 2
-    temporary = FP32 * share if run.optimizer == "AdamW" and gpu else 0
+    n, m, w, ranks = model.weights, max(model.sizes), run.width, run.devices
+    s, sharded = n * run.moving, run.stage == 3
+    share, bucket, where = s / ranks, min(BUCKET, s), "host" if run.offload else "device"
     yield Part("fp32 values", FP32 * share, MOMENTS, where)
-    yield Part("optimiser state", STATE_BYTES[run.optimizer] * share, RUNNING, where)
-    yield Part("values", w * (share if sharded else s) * run.masked, MOMENTS)
-    yield Part("buckets", w * bucket * turns, RUNNING if sharded else (BACKWARD,))
-    yield Part("bucket being reduced", w * bucket * (1 + (sharded and not gpu)), (BACKWARD,))
+    yield Part("optimiser state", STATE_BYTES[run.optimizer] * share, MOMENTS, where)
+    yield Part("values", w * (share if sharded else s) * run.masked)
+    yield Part("buckets", w * bucket * (2 if sharded else 3), (BACKWARD,))
     yield Part("gradients of the step", FP32 * share, (STEP,), where)
-    yield Part("step", temporary if sharded else max(temporary, w * share), (STEP,), where)
+    yield Part("step", w * share * (not sharded), (STEP,), where)
     if sharded:
-        at_once: float = run.streams * n
-        if run.gradient_checkpointing:
-            at_once = n / model.layers + run.streams * m
-        yield Part("weights with values", (w + 1 / 8) * at_once * run.masked, (FORWARD, BACKWARD))
-        yield Part("gradients", w * share, RUNNING, where)
+        block = n / model.layers + run.streams * m
+        written = block if run.gradient_checkpointing else run.streams * n
+        yield Part("weights with values", (w + 1 / 8) * written * run.masked, GRAPH)
+        yield Part("gradients", w * share, MOMENTS, where)
         return
     kept = w * (s if run.stage == 1 else share) * (run.accumulate_grad_batches > 1)
-    yield Part("gradients so far", kept, (FORWARD, BACKWARD))
-    yield Part("gradients", w * (s - bucket) / run.devices, (BACKWARD,), where)
+    yield Part("gradients so far", kept, GRAPH)
+    yield Part("gradients", w * (s - bucket) / ranks, (BACKWARD,), where)
 
 
 def _passes(model: Architecture, run: PlannedRun) -> Iterator[Part]:
-    """Activations and logits of the graphs that exist together; in a test, those of one block, and
-    the cache of a generation as long as the rows. A Gauss–Newton draw goes backward twice through
-    the same graph (not under ZeRO-3), so its activations are kept during the first."""
-    tokens, c, testing = run.batch_size * run.max_length, PRECISIONS[run.precision][1], False
-    if run.task == "test":
-        testing, activations = True, block_bytes(model, c) * tokens
-    else:
-        rows = (tokens * run.streams, c, run.gradient_checkpointing)
-        activations = activation_bytes(model, *rows)
-    again = run.estimator is not None and run.estimator.same_graph and run.stage < 3
-    when = (FORWARD, BACKWARD) if again else (FORWARD,)
-    sharded = run.stage == 3 and not testing
-    yield Part("activations", activations, when)
-    yield Part("logits", logit_bytes(model, tokens, c, run.streams, sharded), when)
-    yield Part("cache of a generation", 2 * model.layers * model.keys * tokens * c * testing, when)
-    yield Part("narrow copies", model.weights * c * (run.width > c and not testing), (FORWARD,))
+    """What graphs that exist together keep of all blocks or, with checkpointing, of their inputs;
+    and, in the backward pass, one block, and the gradient of a tensor or two of an MLP's size.
 
-
-def _sizes(model: Architecture, run: PlannedRun) -> tuple[int, int, int]:
-    return model.weights, max(model.sizes), run.width
+    A block keeps a row of the attention mask per token. Logits of a chunk have a log-softmax and two
+    gradients in fp32, or with a copy of the model nine such tensors. With sharded weights (ZeRO-3),
+    logits of all tokens are computed at once, and kept with their gradient. A test keeps one block,
+    and the cache of a generation as long as the rows.
+    """
+    w, c, tokens = run.width, PRECISIONS[run.precision][1], run.batch_size * run.max_length
+    testing, joined = run.task == "test", tokens if run.packing else run.max_length
+    again = run.gradient_checkpointing and not testing
+    passes = Sums.parse(run.sums).passes if run.task == "attribution" else 1
+    seen = c * joined * (run.packing or run.batch_size > 1)
+    block = tokens * (block_bytes(model, w, c, 1 / passes) + seen)
+    kept = tokens * model.hidden * w if again else block
+    ends = tokens * model.hidden * (FP32 + w + c)  # of the last norm
+    blocks = 1 if testing else run.streams * model.layers
+    yield Part("activations", blocks * kept + run.streams * ends, GRAPH)
+    gradients = max(w * max(model.sizes), 2 * c * tokens * model.inner) * (not testing)
+    yield Part("backward pass of a block", block * again + gradients, (BACKWARD,))
+    numbers = run.streams * tokens * model.vocabulary
+    logits = min(numbers, CHUNK) * ((9 if run.frozen_copy else 3) * FP32 + c * (c < FP32))
+    whole = 2 * numbers * c * (run.stage == 3 and not testing and numbers > CHUNK)
+    yield Part("logits", logits + whole, (FORWARD,))
+    yield Part("cache of a generation", 2 * model.layers * model.keys * tokens * c * testing)
+    narrow = MOMENTS if run.masked else (FORWARD,) if again else GRAPH
+    yield Part("narrow copies", model.weights * c * (w > c and not testing), narrow)
 
 
 # -- the plan --------------------------------------------------------------------------------------
 
 
-def parts_of(model: Architecture, run: PlannedRun) -> list[Part]:
-    """All parts of a run's memory, on the device and on the host."""
-    n, _, w = _sizes(model, run)
-    parts = [Part("CUDA, cuBLAS, NCCL", GPU_OVERHEAD, MOMENTS)]
-    if run.accelerator == "cpu":
-        libraries = Part("interpreter and libraries", CPU_OVERHEAD, MOMENTS)
-        parts = [libraries, Part("freed memory that is kept", KEPT)]
-    ranks, where = run.devices if run.stage == 3 else 1, "host" if run.offload else "device"
-    parts.append(Part("weights", n * w / ranks, MOMENTS, where if run.stage == 3 else "device"))
-    together = min(n, LIVE) * w * (run.stage == 3)
-    parts.append(Part("weights brought together", together, (FORWARD, BACKWARD)))
+def device_parts(model: Architecture, run: PlannedRun, where: str = "device") -> list[Part]:
+    """The parts in a device's memory, or in the host's; a CPU has all parts."""
+    n, w, sharded, on_gpu = model.weights, run.width, run.stage == 3, run.accelerator == "gpu"
+    weights = "host" if run.offload and sharded else "device"
+    cuda = Part("CUDA, cuBLAS, NCCL", GPU_OVERHEAD)
+    parts = [cuda if on_gpu else Part("interpreter and libraries", CPU_OVERHEAD)]
+    parts.append(Part("weights", n * w / (run.devices if sharded else 1), MOMENTS, weights))
+    parts.append(Part("weights brought together", min(n, LIVE) * w * sharded, GRAPH))
     if run.task != "test":
         parts += (_attribution if run.task == "attribution" else _training)(model, run)
-    return [part for part in (*parts, *_passes(model, run)) if part.bytes]
-
-
-def device_parts(model: Architecture, run: PlannedRun) -> list[Part]:
-    """The parts in a device's memory; on a CPU, all parts."""
-    parts = parts_of(model, run)
-    return [part for part in parts if part.where == "device" or run.accelerator == "cpu"]
+    parts += _passes(model, run)
+    return [part for part in parts if part.bytes and (part.where == where or not on_gpu)]
 
 
 def at(parts: Iterable[Part], moment: str) -> float:
@@ -376,7 +346,7 @@ def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
 def host_bytes(model: Architecture, run: PlannedRun) -> float:
     """CPU memory of one rank of a run on GPUs: libraries, what is offloaded and, while it is being
     loaded, the model as it is stored (under ZeRO-3 one of its tensors)."""
-    parts = [part for part in parts_of(model, run) if part.where == "host"]
+    parts = device_parts(model, run, "host")
     loading = model.stored * (max(model.sizes) if run.stage == 3 else model.weights)
     return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))
 
@@ -420,26 +390,30 @@ def plan(*, model: str, hessian: str = "auto", **options: Any) -> None:
     run = PlannedRun(estimator=estimator, diagonal=diagonal, **options)
     shape = architecture(model)
     moment, size = peak(shape, run)
-    about = {
-        "model": f"{model}: {shape.weights:,} weights, {max(shape.sizes):,} in the largest tensor",
-        "run": f"{run.task}, {run.strategy} on {run.devices} x {run.accelerator}, {run.precision}, "
-        f"{run.batch_size} x {run.max_length} tokens per stream",
-        "peak": f"{_gib(size)} GiB, moment: {moment}",
-    }
-    if run.accelerator == "gpu":
-        about["fits"] = f"a GPU of {size / USABLE / GIB:.0f} GiB, with room for fragments"
-        about["CPU memory"] = f"{_gib(host_bytes(shape, run))} GiB per rank"
-    files = disk_bytes(run, shape.weights, shape.stored).items()
-    about["disk"] = ", ".join(f"{name} {_gib(size)} GiB" for name, size in files) or "tables only"
     unit = f"GiB per {'GPU' if run.accelerator == 'gpu' else 'process'}"
+    files = disk_bytes(run, shape.weights, shape.stored).items()
+    about = [
+        (
+            "model",
+            f"{model}: {shape.weights:,} weights, {max(shape.sizes):,} in the largest tensor",
+        ),
+        (
+            "run",
+            f"{run.task}, {run.strategy} on {run.devices} x {run.accelerator}, {run.precision}",
+        ),
+        ("rows", f"{run.batch_size} x {run.max_length} tokens per stream"),
+        ("peak", f"{_gib(size)} GiB, moment: {moment}"),
+        ("disk", ", ".join(f"{name} {_gib(size)} GiB" for name, size in files) or "tables only"),
+    ]
+    if run.accelerator == "gpu":
+        room = f"a GPU of {size / USABLE / GIB:.0f} GiB, with room for fragments"
+        about += [("fits", room), ("CPU memory", f"{_gib(host_bytes(shape, run))} GiB per rank")]
     parts = device_parts(shape, run)
     rows = [[p.name, *(_gib(p.bytes) if m in p.moments else "" for m in MOMENTS)] for p in parts]
     rows.append(["total", *(_gib(at(parts, moment)) for moment in MOMENTS)])
-    others = [
-        [name, *(_gib(peak(shape, other)[1]) for other in runs)] for name, runs in choices(run)
-    ]
-    tables = table([unit, *MOMENTS], rows), table([f"peak, {unit}, on", *map(str, COUNTS)], others)
-    print(fields([*about.items()]), *tables, sep="\n\n")
+    peaks = [[name, *(_gib(peak(shape, r)[1]) for r in runs)] for name, runs in choices(run)]
+    tables = table([unit, *MOMENTS], rows), table([f"peak, {unit}, on", *map(str, COUNTS)], peaks)
+    print(fields(about), *tables, sep="\n\n")
 
 
 def _gib(size: float) -> str:
