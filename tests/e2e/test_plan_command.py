@@ -66,13 +66,13 @@ def test_every_task_has_a_plan(tiny_model, capsys, task):
 
 MISTAKES = {
     "--model ./nowhere": "model folder ./nowhere does not exist",
-    "--strategy zero4": "strategy: must be Literal['auto', 'ddp'",
+    "--strategy zero4": "strategy: must be auto, ddp, ",
     "--devices 0": "devices: must be at least 1, got 0",
     f"--devices 1{'0' * 40}": "devices: must be an integer, got an integer of more than 64 bits",
     "--batch_size -1": "batch_size: must be at least 1, got -1",
     "--max_length 0": "max_length: must be at least 1, got 0",
     "--sums nosuch": "sums: must be device, host or passes=K, got 'nosuch'",
-    "--task learning": "task: must be Literal['attribution', 'unlearning', 'finetuning', 'test']",
+    "--task learning": "task: must be attribution, unlearning, finetuning or test; got learning",
     "--density 1.5": "must be in (0, 1]",
     "--task attribution --precision 16-mixed": "not in fp16",
     "--task attribution --hessian hutchinson --strategy zero3": "needs whole parameters",

@@ -68,7 +68,7 @@ def test_places_of_a_sharded_tensor():
 def test_rows_of_a_rank():
     shard = Shard((2**18, 2**17), rank=63, ranks=64)
     assert (shard.start, shard.stop, shard.total) == (63 * 2**12, 2**18, 2**35)
-    assert shard.first == 63 * 2**29 and shard.own == (2**12, 2**17)
+    assert shard.first == 63 * 2**29 and shard.part == (2**12, 2**17)
 
 
 def test_the_threshold_of_many_weights():
@@ -84,7 +84,7 @@ def test_the_threshold_of_many_weights():
 def test_rows_far_into_a_tensor(ranking: Ranking):
     """The last rank's eight rows of 2³⁰: each gets the difference of the floors of the running total."""
     width, shard = 5, Shard((2**30, 5), rank=2**27 - 1, ranks=2**27)
-    assert shard.own == (8, width) and shard.first > 2**32
+    assert shard.part == (8, width) and shard.first > 2**32
     scores = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     (_, (packed,)), *_ = select_each(lambda: [("a", scores)], [0.3], ranking, "row", {"a": shard})
     ends = [Fraction(3, 10) * (shard.first + width * row) // 1 for row in range(9)]

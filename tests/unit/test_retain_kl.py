@@ -88,7 +88,7 @@ def streams(pair: tuple[Any, Any], rows: list[dict[str, list[int]]], objective: 
         asked.pop()
 
     batch = dict.fromkeys(("forget", "retain"), tensors)
-    return Streams(batch, run, {}, lm, theta0=at_theta0, whole=objective.whole_streams)
+    return Streams(batch, run, {}, lm, theta0=at_theta0, logits_of=objective.whole_streams)
 
 
 def test_batch_is_the_formula_of_the_reference_code(pair: Any, encoded: Any) -> None:

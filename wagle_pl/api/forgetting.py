@@ -279,13 +279,13 @@ class _Run:
         return result
 
     def _retain(
-        self, given: Optional[GivenRows], forget: Sequence[Example]
+        self, source: Optional[GivenRows], forget: Sequence[Example]
     ) -> tuple[list[Row], list[Example], str]:
         """Rows to train on, rows held out of training, and where both come from."""
-        rows = retain_questions(forget) if given is None else given.rows
-        origin = f"{len(rows)} bundled questions" if given is None else given.origin
+        rows = retain_questions(forget) if source is None else source.rows
+        origin = f"{len(rows)} bundled questions" if source is None else source.origin
         answered = self.subject.answered(rows)
-        if given is None:  # the model may say nothing
+        if source is None:  # the model may say nothing
             answered = [row for row in answered if row["answer"]]
         examples = parse_rows(answered, "retain")
         Earlier(self.record).refuse(examples, "retain")

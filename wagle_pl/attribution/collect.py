@@ -160,19 +160,19 @@ def collect(
         WagleError: if a loss is NaN or infinite.
     """
     where = Sums.parse(sums)
-    found = GradientSums(lm.named_parameters(), *where)
+    gradient_sums = GradientSums(lm.named_parameters(), *where)
     with evaluating(lm):
         for group in range(where.passes):
-            found.turn(group)
+            gradient_sums.turn(group)
             for step, batch in enumerate(batches):
                 complete = {
-                    stream: _completed(tensors, int(found.counts.get(f"{stream}_rows", 0)))
+                    stream: _completed(tensors, int(gradient_sums.counts.get(f"{stream}_rows", 0)))
                     for stream, tensors in batch.items()
                 }
-                add_batch(lm, complete, jobs, found, Draws(seed, step=step))
-                end_step(jobs, found)
-    found.turn(where.passes)
-    return found
+                add_batch(lm, complete, jobs, gradient_sums, Draws(seed, step=step))
+                end_step(jobs, gradient_sums)
+    gradient_sums.turn(where.passes)
+    return gradient_sums
 
 
 def _completed(tensors: Mapping[str, Tensor], first: int) -> dict[str, Any]:
@@ -351,8 +351,8 @@ def watch_inputs(
         # tokens, and the experts that each is dispatched to, as positional or keyword arguments
         tokens, chosen, *_ = (*inputs, *options.values())
         tokens, chosen = (_real(x.detach().flatten(0, -2), mask) for x in (tokens, chosen))
-        found = _expert_inputs(experts, tokens, chosen)
-        for weight, squares in zip(expert_weights(experts), found, strict=True):
+        inputs = _expert_inputs(experts, tokens, chosen)
+        for weight, squares in zip(expert_weights(experts), inputs, strict=True):
             add(names[weight], squares[:, :, None] if is_transposed(experts) else squares[:, None])
 
     with ExitStack() as hooks:

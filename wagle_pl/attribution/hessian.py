@@ -194,15 +194,15 @@ def check_run(
     """Refuse a precision, a ZeRO stage or several passes with which attribution cannot work."""
     if precision not in ("32-true", "bf16-mixed", "bf16-true"):
         raise WagleError("attribution runs in 32-true, bf16-mixed or bf16-true, not in fp16")
-    whole = estimator is not None and not estimator.shardable
-    if stage == 3 and whole:
+    unsharded = estimator is not None and not estimator.shardable
+    if stage == 3 and unsharded:
         raise WagleError(
             "this Hessian estimate needs whole parameters, which ZeRO-3 shards: choose another "
             "stage"
         )
-    if sums.passes > 1 and (whole or devices > 1 or stage):
+    if sums.passes > 1 and (unsharded or devices > 1 or stage):
         reason = "this Hessian estimate needs all parameters at once"
-        reason = reason if whole else "several devices and ZeRO share sums out already"
+        reason = reason if unsharded else "several devices and ZeRO share sums out already"
         message = f"passes={sums.passes} cannot be used: {reason}"
         raise WagleError(message, "sums", "use host or device")
 

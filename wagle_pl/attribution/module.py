@@ -433,15 +433,15 @@ class AttributionModule(LanguageModule):
 def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str]]:
     """How many passes over the forget rows a Trainer will make for each of the ``groups`` of
     parameters, and the options that make this more or fewer than one."""
-    whole, each = len(trainer.train_dataloader), trainer.num_training_batches
+    batch_count, per_epoch = len(trainer.train_dataloader), trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs == -1 else trainer.max_epochs // groups
     limit = trainer.max_steps * trainer.accumulate_grad_batches
     steps = math.inf if trainer.max_steps == -1 else limit
     bounds = {
-        "max_epochs": epochs not in (1, math.inf) and epochs * each <= steps,
-        "max_steps": steps < epochs * each,
-        "limit_train_batches": each < whole and each <= steps,
+        "max_epochs": epochs not in (1, math.inf) and epochs * per_epoch <= steps,
+        "max_steps": steps < epochs * per_epoch,
+        "limit_train_batches": per_epoch < batch_count and per_epoch <= steps,
     }
-    given = {name: getattr(trainer, name) for name in bounds} | {"max_epochs": epochs}
-    options = [f"trainer.{name} {given[name]}" for name in bounds if bounds[name]]
-    return min(epochs * each, steps) / whole, options
+    limits = {name: getattr(trainer, name) for name in bounds} | {"max_epochs": epochs}
+    options = [f"trainer.{name} {limits[name]}" for name in bounds if bounds[name]]
+    return min(epochs * per_epoch, steps) / batch_count, options

@@ -289,7 +289,7 @@ class Random(Score):
 
     by_row = True
     needs = ()
-    whole: ClassVar[int] = 1 << 25
+    largest_draw: ClassVar[int] = 1 << 25
     chunk: ClassVar[int] = 1 << 18
 
     def __init__(self, seed: int = 0) -> None:
@@ -300,7 +300,7 @@ class Random(Score):
     def __call__(self, w: WeightStatistics) -> Tensor:
         numbers = torch.empty(w.theta.numel(), dtype=torch.float32)
         total = len(numbers) if w.total is None else w.total
-        done, chunk = 0, self.chunk if total > self.whole else total
+        done, chunk = 0, self.chunk if total > self.largest_draw else total
         while done < len(numbers):
             number, begin = divmod(w.first + done, chunk)
             seed = stable_seed(self.seed, w.name, *([number] if chunk < total else []))

@@ -235,7 +235,7 @@ class Collected:
 
     def _by_row(self, position: int, score: Score) -> Tensor:
         """Scores of this rank's rows, computed at most :data:`BLOCK` weights at a time."""
-        shape = self.sums.shards[position].own
+        shape = self.sums.shards[position].part
         rows, *rest = shape or (1,)
         block_rows = max(1, BLOCK // max(1, prod(rest)))
         if rows <= block_rows:
@@ -352,12 +352,12 @@ def write_scores(
     metadata = header | {"shapes": json.dumps(shapes), "made_by": json.dumps(made_by)}
     ranks = range(distributed.world_size())
     files = {
-        name: [SCORES_FILE.format(r + 1) for r in ranks if prod(Shard(shape, r, len(ranks)).own)]
+        name: [SCORES_FILE.format(r + 1) for r in ranks if prod(Shard(shape, r, len(ranks)).part)]
         for name, shape in shapes.items()
     }
     remaining = iter(scores)
     tensors = [
-        (name, dtype, Shard(shape).own, lambda: next(remaining)[1])
+        (name, dtype, Shard(shape).part, lambda: next(remaining)[1])
         for name, shape in shapes.items()
     ]
     with distributed.shared_folder(Path(folder)) as temporary:

@@ -178,8 +178,8 @@ def find_thresholds(
     for k, (bin_, above) in zip(ks, places, strict=True):
         low, above_low = _descend(lower[bin_], k - above)
         key, ties = ((bin_ - _OFFSET) << 16) | low, k - above - above_low
-        whole = ties == int(lower[bin_][low])  # all of this key are taken: no need to count ties
-        thresholds.append(Threshold(key - 1, 0) if whole else Threshold(key, ties))
+        takes_all = ties == int(lower[bin_][low])  # of this key: no need to count ties
+        thresholds.append(Threshold(key - 1, 0) if takes_all else Threshold(key, ties))
     return thresholds
 
 
@@ -249,14 +249,14 @@ def _take(tensor: Tensor, thresholds: Sequence[Threshold], ranking: Ranking) -> 
             sum(int((keys == t.key).sum()) for keys in _keys(tensor, ranking)) if t.ties else 0
             for t in thresholds
         ]
-        found = torch.tensor(distributed.all_gather([here]))  # (ranks, thresholds)
-        _set_ties(thresholds, wanted - found[: distributed.rank()].sum(0))
+        counts = torch.tensor(distributed.all_gather([here]))  # (ranks, thresholds)
+        _set_ties(thresholds, wanted - counts[: distributed.rank()].sum(0))
     bits = [
         _packed(tensor.numel(), (threshold.take(keys) for keys in _keys(tensor, ranking)))
         for threshold in thresholds
     ]
     if several:
-        _set_ties(thresholds, wanted - found.sum(0))
+        _set_ties(thresholds, wanted - counts.sum(0))
     return bits
 
 

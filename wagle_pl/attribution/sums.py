@@ -91,10 +91,12 @@ class Shard:
         width = prod(rest)
         per_byte = 8 // gcd(8, width) if width else 1
         self._by_row = (rows, *rest)
-        self._each = rows if self.ranks == 1 else -(-rows // (self.ranks * per_byte)) * per_byte
-        self.start, self.stop = (min(r * self._each, rows) for r in (rank, rank + 1))
+        self._per_rank = rows
+        if self.ranks > 1:
+            self._per_rank = -(-rows // (self.ranks * per_byte)) * per_byte
+        self.start, self.stop = (min(r * self._per_rank, rows) for r in (rank, rank + 1))
         #: The shape of this rank's rows.
-        self.own = self.shape if self.ranks == 1 else (self.stop - self.start, *rest)
+        self.part = self.shape if self.ranks == 1 else (self.stop - self.start, *rest)
         #: Index of the first weight in the flattened parameter, and how many the parameter has.
         self.first, self.total = self.start * width, rows * width
 
@@ -106,13 +108,13 @@ class Shard:
 
     def zeros(self, device: torch.device) -> Tensor:
         """fp32 zeros for this rank's rows."""
-        return torch.zeros(self.own, dtype=torch.float32, device=device)  # whatever the default is
+        return torch.zeros(self.part, dtype=torch.float32, device=device)  # whatever the default is
 
     def scatter_sum(self, tensor: Tensor) -> Tensor:
         """Reduce-scatter of tensors of the parameter's shape. Collective."""
         if self.ranks == 1:
             return tensor
-        padded = _padded(tensor.reshape(self._by_row), self._each * self.ranks)
+        padded = _padded(tensor.reshape(self._by_row), self._per_rank * self.ranks)
         return distributed.reduce_scatter(padded)[: self.stop - self.start]
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -120,14 +122,14 @@ class Shard:
         if self.ranks == 1:
             return rows
         rows = rows.to(distributed.device())
-        tensor = distributed.all_gather_tensor(_padded(rows, self._each))
+        tensor = distributed.all_gather_tensor(_padded(rows, self._per_rank))
         return tensor[: self._by_row[0]].reshape(self.shape)
 
     def gather_bits(self, packed: Tensor) -> Tensor:
         """All-gather of the packed bits of the ranks' rows. Collective."""
         if self.ranks == 1:
             return packed
-        share = self._each * prod(self._by_row[1:]) // 8
+        share = self._per_rank * prod(self._by_row[1:]) // 8
         bits = distributed.all_gather_tensor(_padded(packed.to(distributed.device()), share))
         return bits[: (self.total + 7) // 8].cpu()
 

@@ -56,18 +56,18 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def card_of(base: str, library: str, text: str, own: str = "") -> str:
+def card_of(base: str, library: str, text: str, card: str = "") -> str:
     """A Markdown card with the metadata that the hub reads: tags, base model and its licence.
 
     Args:
-        own: the base's own card, if not in its folder.
+        card: the base's own, if not in its folder.
     """
     matter = {"library_name": library, "tags": ["unlearning", "wagle"]}
     if not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         matter["base_model"] = base
     if (file := Path(base) / CARD_FILE).is_file():
-        own = file.read_text(encoding="utf-8", errors="replace")
-    header = re.match(r"\s*---\s*\n(.*?)\n---", own, re.DOTALL)
+        card = file.read_text(encoding="utf-8", errors="replace")
+    header = re.match(r"\s*---\s*\n(.*?)\n---", card, re.DOTALL)
     fields = None
     with suppress(WagleError):  # the base's card is not ours to mend
         fields = parse_yaml(header[1], CARD_FILE) if header else None

@@ -46,6 +46,10 @@ def in_one_line(message: str, options: Collection[str] = ()) -> str:
     if value and (types := re.findall(r"Expected an? (.*)\. Got|Subtypes: \[(.*)\]", message)):
         expected = re.sub(r"<class '([\w.]+)'>", r"\1", "".join(types[-1]))
         expected = re.sub(r"(?:\w+\.)+(\w+)", r"\1", expected).replace("NoneType", "null")
+        if "Literal[" in expected:
+            choices = re.findall(r"[^][', ]+", expected.replace("Literal", ""))
+            *others, last = dict.fromkeys(choices)
+            expected = f"{', '.join(others)} or {last}"
         return f"{option}: must be {expected}; got {value[1][:120]}"
     return message
 

@@ -52,10 +52,10 @@ def resolve(base: type[T], value: Union[T, Entry], option: str, also: Collection
     """
     if isinstance(value, base):
         return value
-    name, given = split(value, option)  # type: ignore[arg-type]
+    name, options = split(value, option)  # type: ignore[arg-type]
     cls = find_class(base, name, option, also)
     try:
-        return cls(**check_options(cls, given, f"{option} {name}"))
+        return cls(**check_options(cls, options, f"{option} {name}"))
     except WagleError:
         raise
     except TypeError as error:
@@ -116,30 +116,30 @@ def split(value: Entry, option: str) -> tuple[str, dict[str, Any]]:
     return value["class_path"], dict(value.get("init_args") or {})
 
 
-def check_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def check_options(cls: type, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Convert options to the types in a class's signature: mappings to objects, for example."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     from wagle_pl.core.mistakes import in_one_line
 
-    if not given:
+    if not options:
         return {}
     names = option_names(cls)
-    for name in given:
+    for name in options:
         if name not in names:
             hint = did_you_mean(name, names, f"it has {', '.join(names)}")
             raise WagleError(f"{where}: {cls.__name__} has no option {name!r}", hint=hint)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "it", skip={*names} - {*given}, instantiate=False)
+    parser.add_class_arguments(cls, "it", skip={*names} - {*options}, instantiate=False)
     try:
-        parsed = parser.parse_object({"it": dict(given)})
+        parsed = parser.parse_object({"it": dict(options)})
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         made = instantiate(parsed).it
     except ArgumentError as error:
         raise WagleError(f"{where}: {in_one_line(str(error)).replace('it.', '', 1)}") from None
     except (WagleError, TypeError, ValueError) as error:
         raise WagleError(f"{where}: {first_line(error)}") from None
-    return {name: made[name] for name in given}
+    return {name: made[name] for name in options}
 
 
 def describe(value: Any) -> dict[str, Any]:

@@ -122,7 +122,9 @@ class LUMEDataModule(SuiteDataModule):
         }
         for side in ("member", "nonmember"):
             part = HubSet(LUME, file=f"mia_data/{side}.jsonl", aliases=(f"{side}.jsonl",))
-            sources[f"{side}s"] = Source([part], documents)
+            sources[f"{side}s"] = Source(
+                [part], lambda rows: [{"text": r["document"]} for r in rows]
+            )
         if self.mmlu or self.folder is not None:
             sources["mmlu"] = Source([MMLU], self._with_shots)
         return sources
@@ -150,10 +152,6 @@ def prompted(rows: Sequence[SourceRow], kind: str = "", task: Optional[str] = No
         for answer in [following(row["input"], row["output"])]
         if row["id"][:-1].endswith(kind) and task in (None, row["task"])
     ]
-
-
-def documents(rows: Sequence[SourceRow]) -> list[Row]:
-    return [{"text": row["document"]} for row in rows]
 
 
 MULTIPLE_CHOICE = "The following are multiple choice questions (with answers) about {}.\n\n"
@@ -291,8 +289,7 @@ class RWKUDataModule(SuiteDataModule):
             if not chosen:
                 known = ", ".join([*dict.fromkeys(row["subject"] for row in rows)][:3])
                 message = f"{file} has no rows on {', '.join(self.targets or ())}"
-                hint = f"it has some on {known}, …"
-                raise WagleError(message, option="data.targets", hint=hint)
+                raise WagleError(message, "data.targets", f"it has some on {known}, …")
             return [make(row) for row in chosen]
 
         aliases = (f"All/{file}.json", f"{file}.json")

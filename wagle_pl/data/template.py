@@ -318,18 +318,19 @@ def check_ids(ids: Sequence[int], known: int) -> None:
         )
 
 
-def differing_prompts(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def differing_prompts(others: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """How two :attr:`Template.prompts` differ; empty if they do not, or if one is not known.
 
     >>> differing_prompts({"prompt": "Q: {question}"}, {"prompt": "{question}"})
     "prompt 'Q: {question}' there, '{question}' here"
     """
-    if not there or not here:
+    if not others or not here:
         return ""
-    names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
+    names = [name for name in dict.fromkeys((*others, *here)) if others.get(name) != here.get(name)]
     options = [name for name in names if name not in ("prompt", "answer")]
     names = options or names  # the options say why those differ
-    return "; ".join(f"{name} {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
+    pairs = ((name, others.get(name), here.get(name)) for name in names)
+    return "; ".join(f"{name} {other!r} there, {ours!r} here" for name, other, ours in pairs)
 
 
 def following(prompt: str, answer: str) -> str:

@@ -129,11 +129,11 @@ def predict(
     apart = apart and alone and model not in _BEYOND_THE_HEAD
     seen: dict[str, Tensor] = {}
 
-    def shorten(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen["states"] = given[0].flatten(0, -2).index_select(0, places)
-        return ((seen["states"][:1] if apart else seen["states"])[None], *given[1:])
+    def shorten(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen["states"] = arguments[0].flatten(0, -2).index_select(0, places)
+        return ((seen["states"][:1] if apart else seen["states"])[None], *arguments[1:])
 
-    def keep(_module: nn.Module, _given: Any, logits: Tensor) -> None:
+    def keep(_module: nn.Module, _arguments: Any, logits: Tensor) -> None:
         seen["logits"] = logits
 
     with ExitStack() as hooks:
@@ -323,8 +323,8 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    own = lm.generation_config
-    ends = own.eos_token_id if own is not None else None
+    usual = lm.generation_config
+    ends = usual.eos_token_id if usual is not None else None
     ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id}
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None else tokenizer.eos_token_id or 0
@@ -347,7 +347,7 @@ def generate(
             synced_gpus=synced_gpus,
         )
     finally:
-        lm.generation_config = own
+        lm.generation_config = usual
     new = texts[:, ids.shape[1] :].cpu()
     continuations = tokenizer.batch_decode(new, skip_special_tokens=True)
     for stop in stops:  # before white space goes: one that begins with a stop becomes empty

@@ -242,11 +242,7 @@ class _Reading(nn.Module):
 @cache  # compiled code is shared by modules of one class
 def _reading(base: type, leaves: tuple[str, ...]) -> type:
     """A subclass with properties that read these parameters."""
-
-    def reading(leaf: str) -> property:
-        return property(lambda self: self._read(leaf))
-
-    members = {leaf: reading(leaf) for leaf in leaves}
+    members = {x: property(lambda self, leaf=x: self._read(leaf)) for x in leaves}  # type: ignore[misc]
     return type(base.__name__, (_Reading, base), {"__module__": base.__module__, **members})
 
 

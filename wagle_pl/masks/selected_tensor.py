@@ -61,7 +61,7 @@ class SelectedTensor:
         self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None  # of this rank's share, if the tensor is sharded
-        self._own = slice(0)  # the values of this rank's share
+        self._rank_slice = slice(0)  # the values of this rank's share
         self._kept: Optional[Tensor] = None
         self._buffer: Optional[Tensor] = None
         self._narrow: Optional[Tensor] = None
@@ -103,7 +103,7 @@ class SelectedTensor:
         spare = (self.parameter.partition_numel() + 7) // 8 - len(bits)
         self._packed = torch.cat([bits, bits.new_zeros(spare)]).to(self.parameter.device)
         counts, rank = distributed.all_gather([count_bits(bits)]), distributed.rank()
-        self._own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        self._rank_slice = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         return sum(counts)
 
     def _share(self) -> tuple[Tensor, Tensor]:
@@ -293,5 +293,5 @@ class SelectedTensor:
             return
         share, selected = self._share()
         with gathered(self.values) as values:
-            merged = share.masked_scatter(selected, values[self._own].to(share.device))
+            merged = share.masked_scatter(selected, values[self._rank_slice].to(share.device))
         assign(self.parameter, lambda start, stop: merged)

@@ -168,7 +168,7 @@ class Streams(Mapping[str, Answers]):
     top_k: Mapping[str, list[TopK]] = field(default_factory=dict)
     progress: float = 0.0  # share of the run's steps that is done, 0 at the first, 1 at the last
     epoch: int = 0  # counted from 0
-    whole: Collection[str] = ()  # streams for which a term needs logits at every position
+    logits_of: Collection[str] = ()  # streams for which a term needs logits at every position
     #: Term of the objective -> computes its gradient at once, and returns what stands for the term
     #: in the loss; other terms are propagated with the loss.
     propagate: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class Streams(Mapping[str, Answers]):
             return self._answers[stream]
         tensors = dict(self.batch[stream])
         labels = tensors["labels"]
-        if stream in self.whole:
+        if stream in self.logits_of:
             tensors["places"] = torch.arange(labels.numel(), device=labels.device)
             tensors.pop("packed_ids", None)
         elif "places" not in tensors:

@@ -54,9 +54,9 @@ def fragments(optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]]) ->
             # stages 1 and 2: parameters are joined and cut; a rank holds at most two partly
             flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
             flats = flats or optimizer.fp32_groups_flat_partition  # of BF16_Optimizer
-            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
             flat = flats[mapping.param_group_index]
-            held.append(Fragment(name, here.start, here.numel, flat, there.start))
+            held.append(Fragment(name, low.start, low.numel, flat, high.start))
     return held
 
 

@@ -355,12 +355,12 @@ def _write_record(folder: Path, target: Path, patch: Patch, stack: list[str], wr
             (target / name).write_bytes(text.encode("utf-8", "surrogateescape"))
         return
     record = read_record(str(folder))
-    runs, own = record["lineage"], patch.made_by["lineage"]
+    runs, patch_runs = record["lineage"], patch.made_by["lineage"]
     if patch.identity in stack:
-        runs = [run for run in runs if run not in own]
+        runs = [run for run in runs if run not in patch_runs]
         patches = [identity for identity in stack if identity != patch.identity]
     else:
-        runs, patches = runs + own, sorted([*stack, patch.identity])
+        runs, patches = runs + patch_runs, sorted([*stack, patch.identity])
     record["lineage"] = runs
     record["patched"] = {"base": patch.base, "patches": patches, "fingerprint": written}
     text = json.dumps(record, indent=2) + "\n"

@@ -45,8 +45,8 @@ class Step:
     #: for each loss: a term, or a scalar of a micro-batch, as :meth:`.Streams.mean` returns it.
     again: Callable[..., list[Gradients]]
     #: (name, its selected weights) -> its whole tensor, 0 outside the mask; and back.
-    whole: Callable[[str, Tensor], Tensor] = lambda _, selected: selected
-    selected: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
+    dense: Callable[[str, Tensor], Tensor] = lambda _, selected: selected
+    selected: Callable[[str, Tensor], Tensor] = lambda _, dense: dense
 
     def total(self, **other: Gradients) -> Gradients:
         """The gradient of the objective, with some of its terms replaced."""
@@ -225,7 +225,7 @@ class RepSelect(StepRule):
     def gradient(self, step: Step) -> Gradients:
         basis, collapsed = step.gradients[f"{self.of}_loss"], {}
         for name, gradient in step.gradients["forget_loss"].items():
-            matrix, other = step.whole(name, gradient), step.whole(name, basis[name])
+            matrix, other = step.dense(name, gradient), step.dense(name, basis[name])
             # what is not finite has no singular vectors; the checks of the run refuse it
             if matrix.dim() == 2 and matrix.isfinite().all() and other.isfinite().all():
                 u, s, v = self._principal(other)

@@ -334,8 +334,8 @@ class UnlearnModule(FinetuneModule):
                 self._terms.values,
                 self._terms.totals,
                 self._again,
-                whole=lambda name, values: tensors[name].placed(values),
-                selected=lambda name, whole: tensors[name].taken(whole, whole.dtype),
+                dense=lambda name, values: tensors[name].placed(values),
+                selected=lambda name, dense: tensors[name].taken(dense, dense.dtype),
             )
             with torch.no_grad():
                 gradients = self.step_rule.gradient(step)

@@ -70,7 +70,7 @@ class Sample(Attack):
     def _sample(self, subject: Subject, name: str, numbers: list[int]) -> list[list[str]]:
         """Each row's samples; the ranks share the rows. Collective."""
         devices = [subject.device] if subject.device.type == "cuda" else []
-        found = []
+        gathered = []
         for i in deal_batches(numbers, distributed.world_size(), distributed.rank()):
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(self.seed * 1_000_003 + i)
@@ -87,8 +87,8 @@ class Sample(Attack):
                     top_k=0,
                     num_return_sequences=self.samples,
                 )
-            found.append((i, texts))
-        samples = dict(distributed.all_gather(found))  # two ranks draw the same for one row
+            gathered.append((i, texts))
+        samples = dict(distributed.all_gather(gathered))  # two ranks draw the same for one row
         return [samples[i] for i in numbers]
 
 
@@ -220,7 +220,7 @@ def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
     observer = subject.observer
     pad = subject.template.tokenizer.pad_token_id or 0
     batches = token_batches([len(text) for text in texts], observer.max_rows)
-    found: list[tuple[list[int], Tensor]] = []
+    observed: list[tuple[list[int], Tensor]] = []
     for batch in batches[distributed.rank() :: distributed.world_size()]:
         tensors = collate([{"input_ids": list(texts[i])} for i in batch], pad)
         ids, mask = (tensors[name].to(subject.device) for name in ("input_ids", "attention_mask"))
@@ -228,9 +228,9 @@ def last_states(subject: Subject, texts: Sequence[Sequence[int]]) -> Tensor:
         last = mask.sum(-1) - 1
         rows = torch.arange(len(batch), device=last.device)
         states = torch.stack([state[rows, last] for state in output.hidden_states], 1)
-        found.append((batch, states.float().cpu()))
+        observed.append((batch, states.float().cpu()))
     observer.passes.level()
-    parts = distributed.all_gather(found)
+    parts = distributed.all_gather(observed)
     order = torch.tensor([i for batch, _ in parts for i in batch])
     return torch.cat([states for _, states in parts])[order.argsort()]
 

@@ -257,7 +257,7 @@ def arms_of(
     """Arm -> its runs, and those of :func:`chosen`; objective -> its arm where all weights move."""
     runs = run_table(rows, by)
     arms = dict(iter(runs.groupby(["objective", "mask"], sort=False)))
-    best = {arm: chosen(own, by.utility_sign) for arm, own in arms.items()}
+    best = {arm: chosen(arm_runs, by.utility_sign) for arm, arm_runs in arms.items()}
     dense = runs[runs["score"].isna() & (runs["density"] == 1.0)]
     return arms, best, {run.objective: (run.objective, run.mask) for run in dense.itertuples()}
 
