@@ -271,7 +271,7 @@ class UnlearnModule(FinetuneModule):
     def _streams(
         self, batch: Batch, sums: Mapping[str, Tensor], theta0: Any, **now: Any
     ) -> Streams:
-        now |= {"layers": self.objective.hidden_layers, "whole": self.objective.whole_streams}
+        now |= {"layers": self.objective.hidden_layers, "logits_of": self.objective.whole_streams}
         return Streams(batch, self.run_lm, sums, self.lm, theta0=theta0, **now)
 
     def losses(self, at: Streams) -> dict[str, Tensor]:
