@@ -15,7 +15,7 @@ import yaml
 from pages import EVIL, figures, numbers, records, section, step, write_run
 
 from wagle_pl import WagleError
-from wagle_pl.evaluation.results import arrow, write_json, write_table
+from wagle_pl.evaluation.results import arrow, write_json
 from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.evaluation.tofu_result import to_result
 from wagle_pl.lab.study.report.page import render
@@ -89,9 +89,6 @@ def test_what_is_shown_of_runs(runs, report):
     root, _ = report("masked", "dense", "retrained")
     titles = list(figures(root))
     assert titles[0] == "Forgetting against utility"
-    for run in ("masked", "dense"):
-        for name in ("forget", "retain"):
-            assert f"Truth ratios on {name}, {run}" in titles
     assert "Share of weights selected by layer and module: masked" in titles
     told = figures(root)
     assert "1 masked: forget/probability 0.200, model_utility 0.622" in told[titles[0]]
@@ -122,18 +119,6 @@ def test_answers_stand_side_by_side(runs, report):
     assert [text.text for _, text in boxes] == ["It is secret 2."] * 2 + ["It is secret gone."] * 3
     scores = [float(next(label.all("data")).attributes["value"]) for label, _ in boxes[1:]]
     assert scores == [known / 3 for known in (0.9, 0.2, 0.05, 0.1)]
-
-
-def test_truth_ratios_are_those_of_the_tables(runs):
-    from wagle_pl.lab.study.report.models import ratios_of
-
-    (run,) = gather(["masked"]).models
-    found = ratios_of(run, "forget")
-    for record in records("secret", 0.2):
-        perturbed = sum(record["perturbed_nll"]) / 2
-        expected = math.exp(-perturbed) / math.exp(-record["paraphrased_nll"])
-        ratio = found[record["question"], record["answer"]]
-        assert ratio == pytest.approx(expected, rel=1e-12)
 
 
 def test_texts_are_escaped(runs, report):
@@ -179,9 +164,6 @@ def test_results_named_by_their_file_are_those_of_the_folder(runs, report):
     assert numbers(root) == by_run(runs) and "different target models" not in root.text
     rows = next(section(root, "summary").all("tbody")).children
     assert [row.children[0].text for row in rows] == ["target", "retrained", "1 masked", "2 dense"]
-    titles = list(figures(root))
-    # whose pages take the retrained model's from its tables
-    assert "Truth ratios on forget, dense" in titles
     sources = gather(["masked"], target="target/test/metrics.json", retrained="retrained")
     target = sources.references["target"]
     assert set(target.tables) == {"forget", "retain"} and target.lineage
@@ -213,24 +195,16 @@ def test_a_published_result_file_stands_for_the_retrained_model(runs, report):
     root, _ = report("masked", retrained="published.json")
     said = "The retrained model's results, published.json, hold examples and no measures."
     assert said in root.text
-    told = figures(root)
-    assert "retrained: 8 examples" in told["Truth ratios on forget, masked"]
     assert {run for run, _ in numbers(root)} == {"masked", "target"}
 
 
 def test_numbers_that_are_not_finite(runs, report):
     metrics = {**runs["masked"], "retain/perplexity": math.inf, "model_utility": math.inf}
     write_json(Path("masked/test/metrics.json"), metrics)
-    table = records("secret", 0.2)
-    table[0] |= {"paraphrased_nll": 1e4}  # a truth ratio of exp(1e4)
-    table[1] |= {"paraphrased_nll": -1e4}
-    write_table(Path("masked/test/forget.parquet"), table, {})
     root, _ = report("masked")
     found = {name: value for (run, name), value in numbers(root).items() if run == "masked"}
     assert found == metrics
     assert "No run has a finite number for both forget/probability and model_utility" in root.text
-    told = figures(root)
-    assert "all from 0 to inf" in told["Truth ratios on forget, masked"]
 
 
 # -- what is missing -------------------------------------------------------------------------------
@@ -258,7 +232,6 @@ def test_missing_pieces_are_said(runs, report):
         ("making", "no wagle.json next to the results"),
         ("making", lost),
         ("making", "forget.parquet cannot be read"),
-        ("ratios", "masked: no truth ratios"),
         ("masks", "no mask is known"),
         ("robustness", "no attacks were run"),
     ):

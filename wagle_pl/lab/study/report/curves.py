@@ -1,4 +1,4 @@
-"""Figures of forgetting against utility, of truth ratios, and of plants."""
+"""Figures of forgetting against utility, and of plants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ _ARM_COLOURS = (  # visible on a light and on a dark page
     *("#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55"),
 )
 _ARM_LINES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
-_RATIOS = (1e-6, 1e6)  # ends of the axes: a truth ratio can be 0 or infinite
 _LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the figure higher
 
 
@@ -88,24 +87,6 @@ def study_overview(
         _finish(axes, references, level, bounds, labels)
         axes.set_title(objective, fontsize=9)
     _add_legend(figure, columns=4, size=7.5)
-    return figure
-
-
-# -- truth ratios ----------------------------------------------------------------------------------
-
-
-def distribution(ratios: Mapping[str, Sequence[float]]) -> Any:
-    """Share of examples whose truth ratio is at most x: the curves that forget quality compares."""
-    figure, (axes,) = panels(3.9, 3.1)
-    for role, values in ratios.items():
-        x = sorted(min(max(ratio, _RATIOS[0]), _RATIOS[1]) for ratio in values)
-        shares = [i / len(x) for i in range(len(x) + 1)]
-        style = {"color": PALETTE[role], "linestyle": _LINES[role], "linewidth": 1.6}
-        axes.step([x[0], *x], shares, where="post", label=role, **style)
-    axes.set(xlabel="truth ratio", ylabel="share of examples", ylim=(0, 1.02), xscale="log")
-    axes.xaxis.set_major_formatter("{x:g}")  # plain numbers, which an SVG keeps as text
-    axes.xaxis.set_minor_formatter("")
-    _add_legend(figure)
     return figure
 
 

@@ -101,13 +101,8 @@ def figure(drawn: Markup, caption: str | Markup) -> Markup:
     return element("figure", drawn, element("figcaption", caption))
 
 
-def grid(figures: Sequence[Markup]) -> Markup:
-    """Figures side by side, as many as fit."""
-    return element("div", *figures, class_="grid") if figures else Markup()
-
-
 def heatmaps(masks: Mapping[str, WeightMask]) -> Markup:
-    """Heat map of each mask, by its title, all on one colour scale."""
+    """Heat map of each mask, by its title, all on one colour scale, side by side."""
     grids = {title: mask.grid() for title, mask in masks.items()}
     largest = largest_share(grids.values())
     figures = []
@@ -119,7 +114,7 @@ def heatmaps(masks: Mapping[str, WeightMask]) -> Markup:
         caption = "{}: {} of {:,} weights selected by {}"
         caption = Markup(caption).format(title, density, mask.total, mask.origin)
         figures.append(figure(drawn, caption))
-    return grid(figures)
+    return element("div", *figures, class_="grid") if figures else Markup()
 
 
 # -- masks -----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Optional
@@ -16,11 +15,9 @@ from wagle_pl.core.environment import versions
 from wagle_pl.core.html import cell, element, exchange, facts, note, number, table
 from wagle_pl.core.text import short_number
 from wagle_pl.data.rows import spread
-from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.records import Records
 from wagle_pl.evaluation.results import BETTER, SAME, WORSE, arrow
 from wagle_pl.lab.study.report import curves
-from wagle_pl.lab.study.report.figures import figure, grid, heatmaps, image
+from wagle_pl.lab.study.report.figures import figure, heatmaps, image
 from wagle_pl.lab.study.report.sources import ReportedModel, Sources
 
 DIRECTIONS = {
@@ -35,7 +32,6 @@ _SIGNS = {
 }
 _UTILITIES = ("model_utility", "ut_average")
 Models = Sequence[ReportedModel]
-Ratios = dict[tuple[str, str], float]  # (question, answer) -> truth ratio
 Blocks = Iterator[Markup]  # of a section
 
 
@@ -133,39 +129,6 @@ def tradeoff(sources: Sources) -> Blocks:
     level = " The dotted line is the retrained model's forgetting."
     retrained = "retrained" in sources.references
     yield figure(drawn, f"Numbers are the runs of the summary.{level if retrained else ''}")
-
-
-def truth_ratios(sources: Sources) -> Blocks:
-    """How the truth ratios of the examples are distributed, before and after."""
-    drawn = []
-    for model in sources.models:
-        figures = []
-        for test_set in telling_sets(model):
-            roles = {**sources.references, "this": model}
-            ratios = {role: list(ratios_of(m, test_set).values()) for role, m in roles.items()}
-            ratios = {role: values for role, values in ratios.items() if values}
-            if "this" not in ratios:
-                continue
-            told = (
-                f"{role}: {len(values)} examples, half of them at or below "
-                f"{statistics.median_low(values):.3g}, all from {min(values):.3g} to {max(values):.3g}"
-                for role, values in ratios.items()
-            )
-            title = f"Truth ratios on {test_set}, {model.name}"
-            ratio_figure = image(title, "; ".join(told), curves.distribution, ratios)
-            figures.append(figure(ratio_figure, f"{title}: share of examples up to each ratio"))
-        if not figures:
-            missing = "no truth ratios (they need paraphrased and perturbed answers)"
-            yield note(f"{model.name}: {missing}.")
-        drawn += figures
-    yield grid(drawn)
-    if drawn:
-        yield note(
-            "Truth ratio (TOFU): how likely wrong answers are against a paraphrase of the right "
-            "one, in its geometric form. Small: the model prefers the truth; 1: it does not know. "
-            "Forget quality compares the curves of this and of the retrained model on the forget "
-            "set."
-        )
 
 
 def masks(sources: Sources) -> Blocks:
@@ -304,7 +267,6 @@ def making(sources: Sources) -> Blocks:
 SECTIONS: tuple[tuple[str, str, Callable[[Sources], Blocks]], ...] = (
     ("summary", "Summary", summary),
     ("tradeoff", "Forgetting against utility", tradeoff),
-    ("ratios", "Truth ratios", truth_ratios),
     ("masks", "Masks", masks),
     ("answers", "Answers", answers),
     ("robustness", "Robustness", robustness),
@@ -352,14 +314,3 @@ def tradeoff_measures(models: Models) -> tuple[Optional[str], Optional[str]]:
     averages = [name for name in _UTILITIES if name in measure_names(models)]
     utilities = [*averages, *of_sets(False, "higher"), *of_sets(False, "lower")]
     return next(iter(of_sets(True, "lower")), None), next(iter(utilities), None)
-
-
-def ratios_of(model: ReportedModel, test_set: str) -> Ratios:
-    """Truth ratios of the examples of a set that have one; empty if none has."""
-    records = model.tables.get(test_set, [])
-    try:
-        ratios = Records(records).truth_ratios().tolist()
-    except Undefined:
-        return {}
-    keys = ((record["question"], record["answer"]) for record in records)
-    return {key: ratio for key, ratio in zip(keys, ratios, strict=True) if not math.isnan(ratio)}
