@@ -18,6 +18,7 @@ from helpers import environment
 
 import wagle_pl
 from wagle_pl.cli import app as cli
+from wagle_pl.core import stopping
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__, "wagle_pl.cli.lightning", "deepspeed"])
@@ -71,6 +72,7 @@ def _call(
 
 def command(*args: str) -> None:
     """What ``python -m wagle_pl`` does after its imports."""
+    stopping.install(dict.fromkeys(stopping.SIGNALS, stopping.exit_at_once))
     # by which Lightning starts other ranks
     sys.argv = [str(Path(wagle_pl.__file__).with_name("__main__.py")), *args]
     cli.main(args)

@@ -73,6 +73,26 @@ def test_nothing_is_left_beside(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_signal_between_two_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    replace, moves = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        replace(source, target)
+        moves.append(target)
+        if len(moves) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        monkeypatch.setattr(os, "replace", interrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/old").read_text() == "old"
+
+
 @pytest.mark.parametrize("before", ["nothing", "a file", "a folder", "a link"])
 def test_a_folder_takes_the_place_of_what_was_there(tmp_path: Path, before: str) -> None:
     place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"

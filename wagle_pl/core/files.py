@@ -187,12 +187,12 @@ def _atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir() and not temporary.is_dir():
             raise WagleError(f"output {path} is a folder: name a file in it")
-        if path.exists() and temporary.is_dir():  # replacing a folder takes two renames
-            os.replace(path, retired)
         try:
+            if path.exists() and temporary.is_dir():  # replacing a folder takes two renames
+                os.replace(path, retired)
             os.replace(temporary, path)
-        except OSError:
-            if retired.exists():
+        except BaseException:  # a signal, too
+            if retired.exists() and not path.exists():
                 os.replace(retired, path)
             raise
 
