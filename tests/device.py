@@ -11,7 +11,7 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -26,7 +26,6 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
@@ -178,7 +177,7 @@ class CountingTensor(torch.Tensor):
 def run(operation: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on the data of its tensors, and count it."""
     name = operation.overloadpacket._qualified_op_name
-    flat, _ = tree_flatten((args, kwargs))
+    flat = [*_leaves(args), *_leaves(tuple(kwargs.values()))]
     tensors = [x for x in flat if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, CountingTensor)]
     others = [x for x in tensors if not isinstance(x, CountingTensor) and x.dim()]
@@ -191,7 +190,8 @@ def run(operation: Any, args: Any, kwargs: Any) -> Any:
         COUNTS.wait(name)
     elif not _is_view(operation) and name not in NOT_LAUNCHED:
         COUNTS.launches[name] += 1
-    out = operation(*tree_map(_raw, args), **tree_map(_raw, kwargs))
+    raw = {name: _map(_raw, value) for name, value in kwargs.items()}
+    out = operation(*_map(_raw, args), **raw)
     if copies_back or not (ours or _is_ours(target)):
         return out
     ours_by_id = {id(tensor.raw): tensor for tensor in ours}
@@ -202,7 +202,22 @@ def run(operation: Any, args: Any, kwargs: Any) -> Any:
         known = ours_by_id.get(id(value))
         return CountingTensor(value) if known is None else known
 
-    return tree_map(wrap, out)
+    return _map(wrap, out)
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """What lists and tuples hold; operations take and return nothing deeper, and torch's pytree is slow."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _map(function: Callable[[Any], Any], values: Any) -> Any:
+    if isinstance(values, (list, tuple)):
+        return type(values)(_map(function, value) for value in values)
+    return function(values)
 
 
 def _count_copy(name: str, args: Any, target: Optional[torch.device], kwargs: Any) -> bool:
@@ -278,7 +293,7 @@ def _narrow(value: Any) -> Any:
 def _narrow_product(operation: Any, *args: Any) -> Any:
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
     with torch._C._ExcludeDispatchKeyGuard(key):
-        return operation(*tree_map(_narrow, args))
+        return operation(*_map(_narrow, args))
 
 
 for _name in ("linear", "matmul", "mm", "bmm", "addmm"):
