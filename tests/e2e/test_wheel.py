@@ -38,13 +38,14 @@ def test_the_wheel_carries_the_configurations(installed: Path) -> None:
     assert not [*installed.rglob("results")]  # of studies
 
 
+#: A ``sitecustomize.py``: any process finds what is installed, as if two libraries of the extra ``lab`` were not.
 WITHOUT_THE_LABORATORY = """
 import sys
 from importlib.machinery import PathFinder
 
 ABSENT = ("matplotlib", "pandas")
 
-class Finder(PathFinder):  # finds what is installed, as if these two were not
+class Finder(PathFinder):
     @classmethod
     def find_spec(cls, name, *where):
         return None if name.partition(".")[0] in ABSENT else super().find_spec(name, *where)
@@ -54,15 +55,24 @@ class Finder(PathFinder):  # finds what is installed, as if these two were not
         return (found for found in super().find_distributions(*context) if found.name not in ABSENT)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
-from wagle_pl.__main__ import main
-main(sys.argv[1:])
+"""
+EACH = """
+import sys
+from wagle_pl.cli.app import main
+
+for command in sys.argv[1:]:
+    try:
+        main([*command.split(), "a", "--output", "b.html"])
+    except SystemExit as ended:
+        assert ended.code == 2, command
 """
 
 
-def wagle_alone(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command without the libraries of the extra ``lab``, in a process of its own."""
+def python_alone(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python with what is installed, but without the libraries of the extra ``lab``."""
+    (installed / "sitecustomize.py").write_text(WITHOUT_THE_LABORATORY)
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_LABORATORY, *arguments],
+        [sys.executable, *words],
         cwd=folder,
         env={**environment(), "PYTHONPATH": str(installed)},
         capture_output=True,
@@ -71,26 +81,21 @@ def wagle_alone(installed: Path, folder: Path, *arguments: str) -> subprocess.Co
     )
 
 
-@pytest.mark.parametrize("command", ["report", "study", "plant", "mask plot"])
-def test_a_command_of_the_laboratory_says_what_to_install(
-    installed: Path, tmp_path: Path, command: str
-) -> None:
+def test_commands_of_the_laboratory_say_what_to_install(installed: Path, tmp_path: Path) -> None:
+    """Each in one line, with exit status 2; one after another in one process."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a/metrics.json").write_text('{"forget/probability": 0.5}')
-    ran = wagle_alone(installed, tmp_path, *command.split(), "a", "--output", "b.html")
-    name = command.split()[0]
-    message = (
-        rf"wagle: error: wagle {name}: needs (pandas|matplotlib); pip install 'wagle-pl\[lab\]'"
-    )
-    assert (ran.returncode, bool(re.fullmatch(message, ran.stderr.splitlines()[-1]))) == (
-        2,
-        True,
-    ), ran
+    commands = ("report", "study", "plant", "mask plot")
+    ran = python_alone(installed, tmp_path, "-c", EACH, *commands)
+    assert ran.returncode == 0, ran.stderr
+    for command, line in zip(commands, ran.stderr.splitlines(), strict=True):
+        needs = f"wagle {command.split()[0]}: needs (pandas|matplotlib)"
+        assert re.fullmatch(rf"wagle: error: {needs}; pip install 'wagle-pl\[lab\]'", line)
 
 
 def test_the_package_alone_attributes_unlearns_and_tests(installed: Path, tmp_path: Path) -> None:
     """In an empty folder, on the bundled people, by configurations that it carries."""
-    ran = wagle_alone(installed, tmp_path, "quickstart", "--trial")
+    ran = python_alone(installed, tmp_path, "-m", "wagle_pl", "quickstart", "--trial")
     assert ran.returncode == 0, ran.stderr
     rows = [line.split("|")[1:-1] for line in ran.stdout.splitlines() if line.startswith("|")]
     assert [row[0].strip() for row in rows[2:]] == ["target", "retrained", "WAGLE NPO"]
