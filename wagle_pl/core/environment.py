@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -61,6 +62,7 @@ def silence() -> Iterator[None]:
         yield
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions, by name, of this package, Python, and the libraries that results depend on."""
     by_name = {"wagle_pl": __version__, "python": platform.python_version()}
