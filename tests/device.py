@@ -41,6 +41,7 @@ WAITING = {
     "aten::masked_select",
     "aten::unique_consecutive",
     "aten::_unique2",
+    "aten::bincount",
 }
 #: Operations that launch nothing: they reserve memory, or are views.
 NOT_LAUNCHED = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty")}
@@ -186,7 +187,7 @@ def run(operation: Any, args: Any, kwargs: Any) -> Any:
         shapes = [tuple(tensor.shape) for tensor in others]
         raise RuntimeError(f"{name} mixes the device with CPU tensors of shapes {shapes}")
     copies_back = _count_copy(name, args, target, kwargs)
-    if ours and name in WAITING:
+    if ours and (name in WAITING or _counts_ones(name, args, kwargs)):
         COUNTS.wait(name)
     elif not _is_view(operation) and name not in NOT_LAUNCHED:
         COUNTS.launches[name] += 1
@@ -250,6 +251,14 @@ def _is_ours(device: Optional[torch.device]) -> bool:
 
 def _is_host(device: Optional[torch.device]) -> bool:
     return device is not None and device.type == "cpu"
+
+
+def _counts_ones(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether an operation's result is as large as its tensors say: an index that is a mask."""
+    if name == "aten::repeat_interleave":
+        return kwargs.get("output_size") is None
+    masks = args[1] if name in ("aten::index", "aten::index_put_") else ()
+    return any(mask is not None and mask.dtype == torch.bool for mask in masks)
 
 
 def _raw(value: Any) -> Any:

@@ -73,8 +73,6 @@ class Hessian:
     shardable = True  # weights may be sharded (ZeRO-3), or differentiated group by group
 
     # the cost of one draw, for ``wagle plan``
-    backward_passes = 0  # in addition to the one for g_r
-    same_graph = False  # they reuse its graph, so that its activations are kept
     step_sums = 0  # fp32 sums of the model's size kept during a step, besides the diagonal
     temporaries = 0  # tensors of the model's size and dtype kept during a backward pass
 
@@ -105,8 +103,6 @@ class GaussNewton(Hessian):
     only by the order of sums.
     """
 
-    backward_passes = 1
-    same_graph = True
     step_sums = 1
 
     def add(self, rows: MicroBatch, sums: GradientSums) -> None:
@@ -149,7 +145,6 @@ class Hutchinson(Hessian):
     """
 
     shardable = False
-    backward_passes = 3
     temporaries = 3
 
     def forward_context(self) -> AbstractContextManager:

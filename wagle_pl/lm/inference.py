@@ -179,27 +179,34 @@ def forward_answers(
         apart: see :func:`predict`.
     """
     if "packed_ids" in batch:
-        return predict(model, batch["packed_places"], apart, **_packed_inputs(model, batch))[1]
+        several = len(batch["labels"]) > 1
+        with _answered(
+            "find_packed_sequence_indices",
+            lambda at: (at.diff(prepend=at[:, :1] - 1) != 1).cumsum(-1) if several else None,
+        ):
+            return predict(model, batch["packed_places"], apart, **_packed_inputs(model, batch))[1]
     places = batch["places"] if "places" in batch else answer_places(batch["labels"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with _padding_known(batch.get("padded")):
+    padded = batch.get("padded")
+    with nullcontext() if padded is None else _answered("fast_all", lambda _: not padded):
         return predict(model, places, apart, **inputs, use_cache=False)[1]
 
 
 @contextmanager
-def _padding_known(padded: Optional[bool]) -> Iterator[None]:
-    """Spare transformers the question whether its mask is all ones, for which a GPU would wait."""
+def _answered(name: str, answer: Any, owner: Any = None) -> Iterator[None]:
+    """Context in which a question that makes a GPU wait for the host is answered by what the host
+    knows: a private function of transformers, by default about masks, which some versions lack."""
     from transformers import masking_utils
 
-    asks = getattr(masking_utils, "fast_all", None)  # private, and only since version 5
-    if padded is None or asks is None:
-        yield
-        return
-    masking_utils.fast_all = lambda _: not padded
+    owner = owner or masking_utils
+    asks = vars(owner).get(name)
+    if asks is not None:
+        setattr(owner, name, answer)
     try:
         yield
     finally:
-        masking_utils.fast_all = asks
+        if asks is not None:
+            setattr(owner, name, asks)
 
 
 def pack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -322,6 +329,7 @@ def generate(
         Texts without special tokens and without white space at their ends; one may be empty.
     """
     from transformers import GenerationConfig
+    from transformers.generation import utils
 
     usual = lm.generation_config
     ends = usual.eos_token_id if usual is not None else None
@@ -339,13 +347,19 @@ def generate(
         use_cache=True,
     )
     lm.generation_config = GenerationConfig()  # otherwise it fills in what ``config`` leaves out
+    # whether all texts have ended is read a token late, as transformers does on some devices
+    check = getattr(utils, "DeferredStopCheck", object)
+    late = staticmethod(lambda device, *_, **__: device.type != "cpu" and not synced_gpus)
+    uneven = any(len(row) < ids.shape[1] for row in rows)
     try:
-        texts = lm.generate(
-            input_ids=ids,
-            attention_mask=padded([torch.ones_like(row) for row in rows]).to(lm.device),
-            generation_config=config,
-            synced_gpus=synced_gpus,
-        )
+        padding = _answered("fast_all", lambda _: not uneven)
+        with padding, _answered("is_supported", late, check):
+            texts = lm.generate(
+                input_ids=ids,
+                attention_mask=padded([torch.ones_like(row) for row in rows]).to(lm.device),
+                generation_config=config,
+                synced_gpus=synced_gpus,
+            )
     finally:
         lm.generation_config = usual
     new = texts[:, ids.shape[1] :].cpu()

@@ -145,12 +145,11 @@ def take_(
     start, buffer = 0, flat.new_empty(0)
     for index in places:
         part, start = out[start : start + len(index)], start + len(index)
-        if direct:
-            torch.index_select(flat, 0, index, out=part.view(integer))
-            continue
-        buffer = buffer if len(index) <= len(buffer) else flat.new_empty(len(index))
-        taken = torch.index_select(flat, 0, index, out=buffer[: len(index)]).view(dense.dtype)
-        part.add_(taken) if add else part.copy_(taken)
+        buffer = buffer if direct or len(index) <= len(buffer) else flat.new_empty(len(index))
+        into = part.view(integer) if direct else buffer[: len(index)]
+        taken = torch.index_select(flat, 0, index, out=into).view(dense.dtype)
+        if not direct:
+            part.add_(taken) if add else part.copy_(taken)
     return out
 
 

@@ -196,7 +196,7 @@ class Streams(Mapping[str, Answers]):
         if stream in self.references:
             answers.reference = self.references[stream].to(labels.device)[answers.rows]
         if stream in self.top_k:
-            parts = [self.top_k[stream][row] for row in answers.rows.tolist()]
+            parts = [self.top_k[stream][n] for n in tensors.get("rows") or answers.rows.tolist()]
             answers.top_k = TopK.cat(parts).to(labels.device)
         if self.theta0 is not None:
             answers.run_theta0 = partial(ask, self.theta0)

@@ -111,7 +111,7 @@ class CEU(Objective):
 
         answers = at["forget"]
         values = in_chunks(distance, answers.predicted, answers.targets)
-        counted = (answers.mask.cumsum(-1) > self.skip_first)[answers.mask]
+        counted = F.pad(answers.mask.cumsum(-1) > self.skip_first, (0, 1)).take(answers.places)
         kept = (answers.length - self.skip_first).clamp(min=1)
         return answers.mean_tokens(values * counted) * answers.length / kept
 
@@ -136,7 +136,7 @@ class RandomLabel(Objective):
         vocabulary = answers.predicted.vocabulary
         drawn = [
             torch.randint(vocabulary, (length,), generator=generator_of(self.seed, at.epoch, row))
-            for row, length in zip(answers.rows.tolist(), answers.length.tolist(), strict=True)
+            for row, length in torch.stack([answers.rows, answers.length], 1).tolist()
         ]
         labels = torch.cat(drawn).to(answers.labels.device)
         return answers.mean_tokens(-in_chunks(logprobs_of, answers.predicted, labels))

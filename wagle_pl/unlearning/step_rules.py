@@ -226,11 +226,12 @@ class RepSelect(StepRule):
         basis, collapsed = step.gradients[f"{self.of}_loss"], {}
         for name, gradient in step.gradients["forget_loss"].items():
             matrix, other = step.dense(name, gradient), step.dense(name, basis[name])
-            # what is not finite has no singular vectors; the checks of the run refuse it
-            if matrix.dim() == 2 and matrix.isfinite().all() and other.isfinite().all():
-                u, s, v = self._principal(other)
-                soft = self.collapse == "soft" and len(s)
-                share = 1 - s.min() / s if soft else torch.ones_like(s)
+            if matrix.dim() == 2:
+                # what is not finite has no singular vectors; the checks of the run refuse it
+                u, s, v = self._principal(other.nan_to_num(0.0, 0.0, 0.0))
+                real = s > 1e-6 * s.max()  # others are only rounding errors
+                least = s.where(real, torch.inf).min() if self.collapse == "soft" else 0.0
+                share = torch.where(real, 1 - least / s, 0.0)
                 matrix = matrix - (matrix @ v * share) @ v.mT
                 matrix = matrix - u @ (share[:, None] * (u.mT @ matrix))
                 gradient = step.selected(name, matrix)
@@ -238,13 +239,10 @@ class RepSelect(StepRule):
         return step.total(forget_loss=collapsed)
 
     def _principal(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """U, S, V of the first components, without those that are only rounding errors."""
+        """U, S, V of the first components."""
         if min(matrix.shape) > max(_EXACT, 2 * self.components):
             with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
                 torch.manual_seed(0)  # of the random projection
-                u, s, v = torch.svd_lowrank(matrix, q=self.components)
-        else:
-            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-            u, s, v = u[:, : self.components], s[: self.components], vt.mT[:, : self.components]
-        kept = s > 1e-6 * s.max()
-        return u[:, kept], s[kept], v[:, kept]
+                return torch.svd_lowrank(matrix, q=self.components)
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, : self.components], s[: self.components], vt.mT[:, : self.components]

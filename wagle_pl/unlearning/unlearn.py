@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -241,14 +240,13 @@ class UnlearnModule(FinetuneModule):
             batch[stream] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             sums[stream] = torch.zeros(int(tensors["row"].max()) + 1)
         random, context = random_state(self.device), self.trainer.precision_plugin.forward_context()
-        at = self._streams(batch, sums, torch.no_grad)
-        with evaluating(self.lm), context:
-            try:
-                with torch.no_grad():  # a graph would take more memory than those of a step
-                    loss = self.objective(at)["loss"]
+        at = partial(self._streams, batch, sums, torch.no_grad)
+        with evaluating(self.lm), context, torch.no_grad():
+            try:  # without a graph, which would take more memory than those of a step
+                loss = self.objective(at())["loss"]
             except RuntimeError:  # if the objective differentiates
                 with torch.set_grad_enabled(not self.sharded):
-                    loss = self.objective(replace(at))["loss"]
+                    loss = self.objective(at())["loss"]
         set_random_state(random, self.device)
         if loss.shape:
             raise WagleError(
@@ -347,11 +345,9 @@ class UnlearnModule(FinetuneModule):
         """Pass the losses over the global batch to the objective, if it uses them. Collective."""
         if type(self.objective).after_step is Objective.after_step:
             return
-        means, ranks = dict[str, float](), distributed.world_size()
-        for name in losses[0]:
-            mean = torch.stack([part[name] for part in losses]).mean()
-            means[name] = distributed.all_reduce_sum(mean).item() / ranks
-        self.objective.after_step(means, self.current_epoch)
+        values = torch.stack([torch.stack([*part.values()]) for part in losses])
+        means = (distributed.all_reduce_sum(values.mean(0)) / distributed.world_size()).tolist()
+        self.objective.after_step(dict(zip(losses[0], means, strict=True)), self.current_epoch)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
