@@ -94,25 +94,25 @@ def test_random_depends_on_seed_and_name():
     assert not torch.equal(A.Random(1)(w), A.Random(1)(other))
 
 
-@pytest.mark.parametrize("whole", [1000, 0])
-def test_random_of_some_rows_are_those_of_all(whole: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("largest_draw", [1000, 0])
+def test_random_of_some_rows_are_those_of_all(largest_draw: int, monkeypatch: pytest.MonkeyPatch):
     """Those of a small parameter are one generator's, in any cut; of a large one little more is drawn than is used."""
-    monkeypatch.setattr(A.Random, "whole", whole)
+    monkeypatch.setattr(A.Random, "largest_draw", largest_draw)
     monkeypatch.setattr(A.Random, "chunk", 64)
     name, theta, rand, drawn = "w", torch.zeros(100, 10), torch.rand, []
     once = torch.Generator().manual_seed(stable_seed(3, name))
-    first = rand(1000 if whole else 64, generator=once)
+    first = rand(1000 if largest_draw else 64, generator=once)
     monkeypatch.setattr(torch, "rand", lambda n, **options: drawn.append(n) or rand(n, **options))
     found = A.Random(3)(A.WeightStatistics(name, theta)).view(-1)
-    assert torch.equal(found[: len(first)], first) == bool(whole)
+    assert torch.equal(found[: len(first)], first) == bool(largest_draw)
     assert len(found.unique()) > 990 and sum(drawn) == 1000
     for rows in ([0, 30, 31, 100], [0, 50, 100]):
         score = A.Random(3)
-        for start, stop in reversed(list(pairwise(rows))) if whole else pairwise(rows):
+        for start, stop in reversed(list(pairwise(rows))) if largest_draw else pairwise(rows):
             drawn.clear()
             part = A.WeightStatistics(name, theta[start:stop], first=10 * start, total=1000)
             assert torch.equal(score(part).view(-1), found[10 * start : 10 * stop])
-            assert whole or sum(drawn) < 10 * (stop - start) + 64
+            assert largest_draw or sum(drawn) < 10 * (stop - start) + 64
 
 
 @pytest.mark.parametrize("make", [A.ForgetRetainRatio, A.FisherRatio, A.Curvature])
