@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, NamedTuple, Optional
 
+from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import usual
 from wagle_pl.evaluation.membership import MEMBERSHIP_NEEDS, membership
@@ -16,6 +16,7 @@ from wagle_pl.evaluation.records import (
     Observations,
     Value,
     attempt,
+    defined,
     measure,
     needs_of,
 )
@@ -106,8 +107,10 @@ class Suite:
         return Info("number", "lower" if forgets else "higher", short.replace("_", " "))
 
 
-class Averages(Suite, ABC):
+class Averages(Suite):
     """A suite, or a base before one, with the two averages of WAGLE's tables (arXiv 2410.17509)."""
+
+    revealing: ClassVar[str] = ""  # measure of the sets to be forgotten that UE averages
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         values = super().measures(seen)
@@ -118,10 +121,17 @@ class Averages(Suite, ABC):
         parts = {"ue_average": self.efficacy, "ut_average": self.utility}
         return {name: attempt(average, seen, values) for name, average in parts.items()}
 
-    @abstractmethod
     @measure("score, 0 to 1", "higher", name="ue_average")
     def efficacy(self, seen: Observations, values: Mapping[str, Value]) -> float:
-        """Average unlearning efficacy (UE) in WAGLE's tables."""
+        """Average unlearning efficacy (UE) in WAGLE's tables.
+
+        Where one measure reveals what a model still knows: the mean of 1 minus it.
+        """
+        names = [f"{n}/{self.revealing}" for n in seen.tables if n.startswith(self.forget_sets)]
+        known = [name for name in names if name in values]
+        if not known:
+            raise Undefined(f"no test set to be forgotten has {self.revealing}")
+        return F.unlearning_efficacy([], defined(values, *known))
 
     @measure("score, 0 to 1", "higher", name="ut_average")
     def utility(self, seen: Observations, values: Mapping[str, Value]) -> float:

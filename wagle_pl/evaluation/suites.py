@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from itertools import product
 from typing import ClassVar, Union
 
 from wagle_pl.core.registry import resolve
 from wagle_pl.evaluation import functional as F
-from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import GENERATED, MEMORISATION
 from wagle_pl.evaluation.membership import (
     MEMBERSHIP_NEEDS,
     MORE_MEMBERSHIP,
     SCORES,
-    MembershipScore,
     membership,
     min_k_plus_plus_scores,
     min_k_scores,
@@ -136,20 +133,13 @@ class CopyrightSuite(Averages, GenericSuite):
         "forget": SuiteSet(recited=True),
         **dict.fromkeys(("forget_qa", "retain_qa", "wikitext"), SuiteSet()),
     }
+    revealing = "rougeL_recall"
     continuation = ("rougeL_recall", "bleu", "probability", *MEMORISATION, "degenerate")
 
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
         names = super().listed(seen, name)
         continued = self.forgets(name) and "rougeL_recall" in names
         return [*dict.fromkeys((*names, *(self.continuation if continued else ())))]
-
-    def efficacy(self, seen: Observations, values: Mapping[str, Value]) -> float:
-        names = [f"{name}/rougeL_recall" for name in seen.tables if self.forgets(name)]
-        known = [name for name in names if name in values]
-        if not known:
-            why = "there is no test set whose name begins with 'forget' and that is generated from"
-            raise Undefined(why)
-        return F.unlearning_efficacy([], defined(values, *known))
 
 
 class DetoxSuite(Averages):
@@ -162,6 +152,7 @@ class DetoxSuite(Averages):
 
     sets: ClassVar[Mapping[str, SuiteSet]] = dict.fromkeys(("prompts", "wikitext"), SuiteSet())
     forget_sets = ("forget", "prompts")
+    revealing = "toxicity"
     prompted = ("toxicity", "toxic_rate", *GENERATED, "empty")
 
     def needs_of(self, name: str, names: Collection[str]) -> frozenset[str]:
@@ -170,12 +161,6 @@ class DetoxSuite(Averages):
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
         prompted = self.prompted if name.startswith("prompts") else ()
         return [*dict.fromkeys((*super().listed(seen, name), *prompted))]
-
-    def efficacy(self, seen: Observations, values: Mapping[str, Value]) -> float:
-        names = [f"{name}/toxicity" for name in seen.tables if name.startswith("prompts")]
-        if not names:
-            raise Undefined("there is no test set 'prompts'")
-        return F.unlearning_efficacy([], defined(values, *names))
 
 
 # -- KnowUnDo, LUME and RWKU: a table of measures each -------------------------------------------
@@ -258,39 +243,35 @@ def final_score(values: Mapping[str, Value]) -> float:
     return statistics.mean(defined(values, "task_aggregate", "mia_score", "mmlu/accuracy"))
 
 
-#: RWKU's measures of a set of texts -> unit, score of a row (with the opposite sign), in words.
-_MEMBER: dict[str, tuple[str, MembershipScore, str]] = {
-    "member_loss": ("nats", SCORES["loss"], "of a token, averaged over rows (RWKU's LOSS)"),
-    "member_zlib": (
-        "nats per byte",
-        SCORES["zlib"],
-        "of a token over the text's compressed length (RWKU's Zlib)",
-    ),
-    "member_min_k": (
-        "nats",
-        partial(min_k_scores, k=0.2),
-        "of the least likely 20% of tokens (RWKU's Min-K%)",
-    ),
-    "member_min_k_plus_plus": (
-        "standard deviations",
-        partial(min_k_plus_plus_scores, k=0.2),
-        "of the least likely 20% of tokens, standardised by the vocabulary (RWKU's Min-K%++)",
-    ),
-}
+# RWKU's measures of a set of texts: the mean of a membership score with the opposite sign.
 
 
-def _register(name: str, unit: str, score: MembershipScore, what: str) -> None:
-    """Register a membership score of one test set: its mean with the opposite sign."""
-
-    def mean(rows: Records) -> float:
-        return -F.mean(score(rows), "texts")
-
-    mean.__doc__ = f"Mean log-likelihood {what}."
-    measure(unit, "higher", "lower", needs=MEMBERSHIP_NEEDS, name=name)(mean)
+@measure("nats", "higher", "lower", MEMBERSHIP_NEEDS)
+def member_loss(rows: Records) -> float:
+    """Mean log-likelihood of a token, averaged over rows (RWKU's LOSS)."""
+    return -F.mean(SCORES["loss"](rows), "texts")
 
 
-for _name, _about in _MEMBER.items():
-    _register(_name, *_about)
+@measure("nats per byte", "higher", "lower", MEMBERSHIP_NEEDS)
+def member_zlib(rows: Records) -> float:
+    """Mean log-likelihood of a token over the text's compressed length (RWKU's Zlib)."""
+    return -F.mean(SCORES["zlib"](rows), "texts")
+
+
+@measure("nats", "higher", "lower", MEMBERSHIP_NEEDS)
+def member_min_k(rows: Records) -> float:
+    """Mean log-likelihood of the least likely 20% of tokens (RWKU's Min-K%)."""
+    return -F.mean(min_k_scores(rows, 0.2), "texts")
+
+
+@measure("standard deviations", "higher", "lower", MEMBERSHIP_NEEDS)
+def member_min_k_plus_plus(rows: Records) -> float:
+    """Mean log-likelihood of the least likely 20% of tokens, standardised by the vocabulary (RWKU's
+    Min-K%++)."""
+    return -F.mean(min_k_plus_plus_scores(rows, 0.2), "texts")
+
+
+_OF_TEXTS = ("member_loss", "member_zlib", "member_min_k", "member_min_k_plus_plus")
 _LEVELS = [f"forget_level{i}" for i in (1, 2, 3)] + [f"neighbor_level{i}" for i in (1, 2)]
 
 
@@ -306,7 +287,7 @@ class RWKUSuite(Suite):
 
     sets: ClassVar[Mapping[str, SuiteSet]] = {
         **dict.fromkeys(_LEVELS, SuiteSet(("word_rouge", "degenerate"), max_new_tokens=30)),
-        **dict.fromkeys(("mia_forget", "mia_retain"), SuiteSet(tuple(_MEMBER))),
+        **dict.fromkeys(("mia_forget", "mia_retain"), SuiteSet(_OF_TEXTS)),
         "utility_general": SuiteSet(("accuracy",), {"choices"}),
         "utility_reason": SuiteSet(("final_answer",), max_new_tokens=256),
         "utility_truthfulness": SuiteSet(("mc1", "mc2")),

@@ -16,7 +16,7 @@ from typing import Any, Optional, Union
 import lightning as L
 
 from wagle_pl.core.environment import prepare_libraries, silence
-from wagle_pl.core.errors import Diverged, WagleError
+from wagle_pl.core.errors import Diverged, WagleError, check_counts
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.needs import Needs
 from wagle_pl.core.text import count
@@ -29,9 +29,7 @@ from wagle_pl.lab.study import SUMMARY_FILE, grid, text
 from wagle_pl.lab.study.numbers import decimals
 from wagle_pl.lab.study.recovery import at_the_level
 from wagle_pl.lab.study.references import References, attacks_of, rows_of
-from wagle_pl.lab.study.report.curves import study_overview
-from wagle_pl.lab.study.report.figures import save_figure
-from wagle_pl.lab.study.report.studies import mean_curves, recovery_curves
+from wagle_pl.lab.study.report.studies import save_curves
 from wagle_pl.lab.study.runs import (
     Along,
     EvaluateAlong,
@@ -136,17 +134,13 @@ class Study:
         self.folder = Path(self.output)
         refuse_existing(self.folder, overwrite=True, kind="files")  # it continues in its folder
         if self.retrained is None and self.forget_level is None:
-            raise WagleError(
-                "a study compares at a level of forgetting: give --retrained, the model trained "
-                "without the forget rows, or --forget_level"
-            )
+            hint = "give --retrained, the model trained without the forget rows, or --forget_level"
+            raise WagleError("a study compares at a level of forgetting", hint=hint)
         self.grid = grid.Grid.of(self.objectives, self.masks, self.learning_rates, self.seeds)
         if self.steps is not None and self.epochs is not None:
             raise WagleError("give --steps or --epochs, not both")
-        for name in ("points", "accumulate", "steps", "epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise WagleError(f"must be at least 1, got {value}", option=f"--{name}")
+        check_counts("--", points=self.points, accumulate=self.accumulate)
+        check_counts("--", steps=self.steps, epochs=self.epochs)
         if self.hours is not None and self.hours < 0:
             raise WagleError(f"must be 0 or more, got {self.hours:g}", option="--hours")
         if self.along == "answers" and self.generate == "always":
@@ -169,23 +163,21 @@ class Study:
             message = f"--only: no objective or mask is called {unknown[0]!r}"
             raise WagleError(message, hint=f"there are: {', '.join(names)}")
         self.data = copy.copy(self.data)
-        #: Results of the retrained model, once it is tested.
-        self._retrained = str(self.folder / "retrained") if self.retrained else None
+        self._retrained = str(self.folder / "retrained") if self.retrained else None  # results
 
     # -- from start to finish ----------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Run what is not finished; returns the comparison (the content of ``study.json``)."""
-        for model in (self.target, self.retrained):
-            if model is not None:
-                models.locate(model)
+        for model in filter(None, (self.target, self.retrained)):
+            models.locate(model)
         with locked(self.folder):
             self._prepare()
             runs = list(self.grid.runs(self.settings))
             self.planned = {run.id for run in runs}
             if self.join:
-                joined = count(self.table.join(self.join), "run")
-                say(f"{joined} taken over from {', '.join(self.join)}")
+                joined = self.table.join(self.join)
+                say(f"{count(joined, 'run')} taken over from {', '.join(self.join)}")
             kinds = {"objective": self.grid.objectives, "mask": self.grid.masks}
             names = {c.id: c.name for choices in kinds.values() for c in choices}
             for row in self.table.rows:  # of earlier sessions: with names and measures of this one
@@ -210,10 +202,7 @@ class Study:
                 say(f"stopped; the same command continues ({missing} runs are missing)")
                 raise
             summary = self._write()
-            drawings = {"study": mean_curves(summary), **recovery_curves(summary)}
-            for name, drawing in drawings.items():
-                if drawing is not None:
-                    save_figure(study_overview(*drawing), [self.folder / f"{name}.svg"])
+            save_curves(summary, self.folder)
         if summary["headline"]:
             say(f"\n{text.markdown(summary)}\n{self.folder / 'study.md'} has the same")
         return summary
@@ -270,34 +259,30 @@ class Study:
                 say(f"{self.forget} {decimals(measures.get(self.forget))}")
         self.fingerprint = fingerprints["target"]
         self.compared = self._compare_by()
-        self.settings = {**fingerprints, **self._settings()}
-        self.table = RunTable(self.folder, self.settings)
-        if self.compared.nothing_to_unlearn:
-            now, level = self.compared.target[self.forget], self.compared.level
-            known = f"its {self.forget} is {now:.3f}, the level to reach {level:.3f}"
-            why = f"the target does not know the forget set: {known}"
-            log.warning("%s: there is nothing to unlearn", why)
-
-    def _settings(self) -> dict[str, Any]:
-        """What all runs share, as plain data; changing any of it makes different runs."""
-        data, optimizer = self.data, self._optimizer
         elsewhere = ("accelerator", "devices")  # a run is the same on another machine
-        return {
+        self.settings = {  # of all runs: changing any makes different runs
+            **fingerprints,
             "format_version": FORMAT_VERSION,
-            **rows_of(data, data.test_names()),
-            "refusals": grid.digest(data.refusals),
-            "batch_size": data.batch_size,
+            **rows_of(self.data, self.data.test_names()),
+            "refusals": grid.digest(self.data.refusals),
+            "batch_size": self.data.batch_size,
             "accumulate": self.accumulate,
             "length": self._length,
             "points": self.points,
             "generate": self.generate,
             "along": self._answers_of() or "all",
             "ends_at": {self.forget: self.compared.level} if self.until_level else None,
-            "optimizer": grid.definition(optimizer.func, optimizer.keywords),
+            "optimizer": grid.definition(self._optimizer.func, self._optimizer.keywords),
             "module": {**self._module, **self._tests},
             "trainer": {k: v for k, v in self._trainer_options.items() if k not in elsewhere},
             **attacks_of(self._attacks),
         }
+        self.table = RunTable(self.folder, self.settings)
+        if self.compared.nothing_to_unlearn:
+            now, level = self.compared.target[self.forget], self.compared.level
+            known = f"its {self.forget} is {now:.3f}, the level to reach {level:.3f}"
+            why = f"the target does not know the forget set: {known}"
+            log.warning("%s: there is nothing to unlearn", why)
 
     def _compare_by(self) -> Compared:
         """The measures and the level, checked."""

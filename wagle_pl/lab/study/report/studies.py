@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Optional
 
 from markupsafe import Markup
@@ -12,7 +13,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.html import element, facts, note, table
 from wagle_pl.core.text import short_number
 from wagle_pl.lab.study.report import curves
-from wagle_pl.lab.study.report.figures import figure, heatmaps, image
+from wagle_pl.lab.study.report.figures import figure, heatmaps, image, save_figure
 from wagle_pl.lab.study.report.sources import StudyResults, reference_points
 from wagle_pl.lab.study.text import by_objective, document, progress
 from wagle_pl.masks import WeightMask
@@ -123,6 +124,13 @@ def recovery_curves(summary: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
             panel |= {"retrained": entry["retrained_curve"]} if entry["retrained_curve"] else {}
     labels = ("steps of relearning", "forget/probability")
     return {attack: (panels, _DENSE, {}, None, labels) for attack, panels in arms.items()}
+
+
+def save_curves(summary: Mapping[str, Any], folder: Path) -> None:
+    """Write the curves of a study's arms, and those of recovery, as ``<folder>/<name>.svg``."""
+    for name, drawing in {"study": mean_curves(summary), **recovery_curves(summary)}.items():
+        if drawing is not None:
+            save_figure(curves.study_overview(*drawing), [folder / f"{name}.svg"])
 
 
 def _curves_image(title: str, drawing: tuple[Any, ...]) -> Markup:
