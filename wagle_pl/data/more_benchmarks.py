@@ -220,11 +220,8 @@ BLANK = partial(probe, "Please complete the blank in the following question.\n")
 BRIEF = partial(probe, "Please briefly answer the following question.\n")
 #: RWKU's test sets -> file in the repository, and what makes a row of one of its rows.
 RWKU: dict[str, tuple[str, Callable[[SourceRow], Row]]] = {
-    "forget_level1": ("forget_level1", BLANK),
-    "forget_level2": ("forget_level2", BRIEF),
-    "forget_level3": ("forget_level3", BRIEF),
-    "neighbor_level1": ("neighbor_level1", BLANK),
-    "neighbor_level2": ("neighbor_level2", BRIEF),
+    **{f"forget_level{i}": (f"forget_level{i}", BLANK if i == 1 else BRIEF) for i in (1, 2, 3)},
+    **{f"neighbor_level{i}": (f"neighbor_level{i}", BLANK if i == 1 else BRIEF) for i in (1, 2)},
     "mia_forget": ("forget_mia", lambda row: {"text": row["text"]}),
     "mia_retain": ("retain_mia", lambda row: {"text": row["text"]}),
     "utility_general": ("retain_mmlu", general),

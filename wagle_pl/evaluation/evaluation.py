@@ -69,7 +69,6 @@ def evaluate(
     folder = None if output is None else Path(output)
     evaluation = Evaluation(plan, folder, overwrite, model_name=name)
     state = ModelState(lm)
-    gradients = [(parameter, parameter.grad) for parameter in lm.parameters()]
     try:
         lm.eval()
         evaluation.start(lm, [list(loader.sampler) for loader in data.test_dataloader()])
@@ -79,8 +78,6 @@ def evaluate(
         tested = evaluation.results()
     finally:
         state.restore()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
     if folder is not None and distributed.rank() == 0:
         tested.write(folder)
     return tested

@@ -215,8 +215,7 @@ class LUMESuite(Suite):
 
     def measures(self, seen: Observations) -> dict[str, Value]:
         values = super().measures(seen)
-        area = MEASURES["mia_loss"].compute
-        values["members/mia_loss"] = attempt(area, seen, "members", "nonmembers")
+        values |= membership(seen, "members", "nonmembers", ["mia_loss"])
         known = values | {f"{name}/accuracy": value for name, value in seen.general.items()}
         for compute in (task_aggregate, mia_score, final_score):
             known[compute.__name__] = values[compute.__name__] = attempt(compute, known)

@@ -12,7 +12,7 @@ from wagle_pl.core.weights import persistent_buffers
 
 
 class ModelState:
-    """Flags, dtypes and hooks of a model, as they are now.
+    """Flags, gradients, dtypes and hooks of a model, as they are now.
 
     Args:
         lm: a model with ordinary parameters, none of them sharded.
@@ -22,7 +22,7 @@ class ModelState:
         self.lm = lm
         self.use_cache = getattr(lm.config, "use_cache", None)
         self.tensors = {**dict(lm.named_parameters()), **persistent_buffers(lm)}
-        self.requires_grad = {name: tensor.requires_grad for name, tensor in self.tensors.items()}
+        self.gradients = {n: (t.requires_grad, t.grad) for n, t in self.tensors.items()}
         # training, gradient_checkpointing, a forward pass of its own, ...
         self.attributes = [(vars(module), dict(vars(module))) for module in lm.modules()]
         items = (item for attributes, _ in self.attributes for item in attributes.items())
@@ -53,8 +53,8 @@ class ModelState:
             tensor = self.tensors[name]
             if tensor.dtype != dtype:  # else its values are written already
                 tensor.data = self.wide.get(name, tensor.data).to(tensor.device, dtype)
-        for name, requires_grad in self.requires_grad.items():
-            self.tensors[name].grad = None
+        for name, (requires_grad, gradient) in self.gradients.items():
+            self.tensors[name].grad = gradient
             self.tensors[name].requires_grad_(requires_grad)
         for attributes, before in self.attributes:
             attributes.clear()
