@@ -143,10 +143,8 @@ class GlobalBatchSampler:
     def __post_init__(self) -> None:
         most = max(1000, len(next(iter(self.lengths.values()))))  # beyond the rows: empty batches
         if not 1 <= self.accumulate <= most:
-            raise WagleError(
-                f"must be from 1 to {most:,} here, got {self.accumulate:,}",
-                option="trainer.accumulate_grad_batches",
-            )
+            why = f"must be from 1 to {most:,} here, got {self.accumulate:,}"
+            raise WagleError(why, option="trainer.accumulate_grad_batches")
 
     @property
     def global_batch(self) -> int:
@@ -290,9 +288,8 @@ class ResumableLoader(Loader):
     def check(self, state: Mapping[str, Any]) -> Position:
         """The position in a state; a state of other global batches is refused."""
         if "sets" not in state:
-            raise WagleError(
-                "the checkpoint belongs to a run with another data module: resume with that one"
-            )
+            why = "the checkpoint belongs to a run with another data module: resume with that one"
+            raise WagleError(why)
         here, sampler, fault = self._state(Position()), self.sampler, None
         sets, sets_here = state["sets"], here["sets"]
         if state["global_batch"] != here["global_batch"]:

@@ -202,15 +202,13 @@ def _text(column: str, value: Any) -> Any:
             text = str(text)
         elif isinstance(text, numbers.Number):
             if text != text or text in (math.inf, -math.inf):
-                raise WagleError(
-                    f"{column!r} is {value}, not a text: give it a value, or leave the row out"
-                )
+                why = f"{column!r} is {value}, not a text: give it a value, or leave the row out"
+                raise WagleError(why)
             text = str(text)
         if not isinstance(text, str):
             fault = "must be a list of texts"
-            raise WagleError(
-                f"{column!r} {fault if is_list else f'is a {type(text).__name__}, not a text'}"
-            )
+            why = f"{column!r} {fault if is_list else f'is a {type(text).__name__}, not a text'}"
+            raise WagleError(why)
         if half := re.search("[\ud800-\udfff]", text):
             raise WagleError(f"a text has \\u{ord(half[0]):x}, which is half of a character")
         texts.append(text)
@@ -239,16 +237,14 @@ def _conversation(row: Row) -> dict[str, Any]:
         and all(isinstance(message.get(part), str) for part in ("role", "content"))
         for message in messages
     ):
-        raise WagleError(
-            "'messages' must be a list of messages, each with the texts 'role' and 'content'"
-        )
+        why = "'messages' must be a list of messages, each with the texts 'role' and 'content'"
+        raise WagleError(why)
     if not messages or not _text("answer", messages[-1]["content"]).strip():
         raise WagleError("'messages' is empty")
     *before, last = messages
     if last["role"] in ("system", "user"):
-        raise WagleError(
-            f"the last of 'messages' has the role {last['role']}; it must be the answer"
-        )
+        why = f"the last of 'messages' has the role {last['role']}; it must be the answer"
+        raise WagleError(why)
     users = [message["content"] for message in before if message["role"] == "user"]
     return {
         "kind": "answered",

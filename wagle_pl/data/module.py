@@ -208,9 +208,7 @@ class ForgetRetainDataModule(L.LightningDataModule):
                 unused = {text for row in self._retain_tests[1] for text in row.texts}
                 examples = [row for row in examples if row.texts.isdisjoint(unused)]
                 if not examples:
-                    raise WagleError(
-                        "no retain row is left", option="data.unused_retain", hint="lower it"
-                    )
+                    raise WagleError("no retain row is left", "data.unused_retain", "lower it")
             self._examples[stream] = examples
         return self._examples[stream]
 
@@ -254,10 +252,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         """Rows that stay in the test set ``retain``, and the unused ones."""
         rows = self._read_test("retain")
         if self.unused_retain >= len(rows):
-            raise WagleError(
-                f"must be below {len(rows)}, the rows of the test set retain",
-                option="data.unused_retain",
-            )
+            why = f"must be below {len(rows)}, the rows of the test set retain"
+            raise WagleError(why, option="data.unused_retain")
         unused = spread(list(range(len(rows))), self.unused_retain)
         apart = set(unused)
         kept = [row for i, row in enumerate(rows) if i not in apart]
@@ -285,10 +281,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if self.given_tokenizer is not None:
             return self.given_tokenizer
         if self.needs.tokenizer is None:
-            raise WagleError(
-                "a data module without a Trainer needs a tokenizer: give data.tokenizer, a hub id "
-                "or a folder"
-            )
+            why = "a data module without a Trainer needs a tokenizer"
+            raise WagleError(f"{why}: give data.tokenizer, a hub id or a folder")
         return self.needs.tokenizer()
 
     @cached_property
@@ -443,8 +437,6 @@ class ForgetRetainDataModule(L.LightningDataModule):
         if stream != "alternate":
             return self.tokens(name)[row]
         if not (answer := self.examples(name)[row].alternate):
-            raise WagleError(
-                f"{self.place(name)} row {row + 1} has no 'alternate': this objective needs "
-                "another answer there in every row"
-            )
+            why = f"{self.place(name)} row {row + 1} has no 'alternate'"
+            raise WagleError(f"{why}: this objective needs another answer there in every row")
         return self._encode(name, row, answer)

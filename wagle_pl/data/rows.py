@@ -115,9 +115,8 @@ def _read(path: Path) -> Iterator[Row]:
             rows = ((n, parse_json(line, str(path), line=n)) for n, line in numbered)
         for number, row in rows:
             if not isinstance(row, dict):
-                raise WagleError(
-                    f"{path} line {number}: expected a JSON object, found {type(row).__name__}"
-                )
+                why = f"{path} line {number}: expected a JSON object, found {type(row).__name__}"
+                raise WagleError(why)
             yield row
 
 
@@ -188,9 +187,8 @@ def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
         return list(streamed.take(limit))
     except Exception as error:  # of many types, all of which mean that it is unavailable
         name = f"{hub_set.repo}:{hub_set.config}" if hub_set.config else hub_set.repo
-        raise WagleError(
-            f"dataset {name!r} (split {hub_set.split!r}) cannot be loaded: {first_line(error)}"
-        ) from error
+        why = f"dataset {name!r} (split {hub_set.split!r}) cannot be loaded: {first_line(error)}"
+        raise WagleError(why) from error
 
 
 def local_files(hub_set: HubSet, folder: Path) -> list[Path]:

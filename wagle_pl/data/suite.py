@@ -110,10 +110,8 @@ class SuiteDataModule(ForgetRetainDataModule, ABC):
         if folder is not None and not Path(folder).is_dir():
             raise absent("data.folder", folder)
         if chunk_size is not None and prompt_size is not None and prompt_size >= chunk_size:
-            raise WagleError(
-                f"{prompt_size} leaves nothing of data.chunk_size {chunk_size} to follow",
-                option="data.prompt_size",
-            )
+            why = f"{prompt_size} leaves nothing of data.chunk_size {chunk_size} to follow"
+            raise WagleError(why, option="data.prompt_size")
         self.folder, self.chunk_size, self.prompt_size = folder, chunk_size, prompt_size
 
     @abstractmethod

@@ -200,9 +200,8 @@ class Template:
                     "its only label is the first token, which nothing predicts: give a longer "
                     "text, or a prompt before the answer"
                 )
-            raise WagleError(
-                f"no answer token is left within max_length={self.max_length} tokens; increase it"
-            )
+            why = f"no answer token is left within max_length={self.max_length} tokens; increase it"
+            raise WagleError(why)
         return {"input_ids": ids, "labels": labels}
 
     def encode_prompt(self, example: Example) -> list[int]:
@@ -251,9 +250,8 @@ class Template:
         )
         start = full.find(prefill, len(prompt))  # after what the template puts before an answer
         if not full.startswith(prompt) or start < 0:
-            raise WagleError(
-                "the chat template changes the prompt when an answer follows; give prompt_format"
-            )
+            why = "the chat template changes the prompt when an answer follows; give prompt_format"
+            raise WagleError(why)
         end = start + len(prefill)
         return full[:end], full[end:]
 

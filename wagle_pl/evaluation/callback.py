@@ -48,10 +48,8 @@ class Evaluate(Callback):
         data, validates = trainer.datamodule, stage != "test"
         names: list[str] = getattr(data, "val_names" if validates else "test_names", list)()
         if stage == "validate" and not names:
-            raise WagleError(
-                "validate measures the test sets that data.val names: give --data.val '[forget, "
-                "retain]'"
-            )
+            why = "validate measures the test sets that data.val names"
+            raise WagleError(f"{why}: give --data.val '[forget, retain]'")
         pl_module.evaluation = None
         if names or not validates:
             plan = Plan(data, self.options, names, self.prefix)

@@ -105,9 +105,8 @@ class ToxicityClassifier(TextClassifier):
         super().__init__(name, device, option)
         self.toxic = toxic_labels(self.labels)
         if not self.toxic:
-            raise WagleError(
-                f"{option}: {name!r} has no toxic label among {', '.join(self.labels)}"
-            )
+            why = f"{option}: {name!r} has no toxic label among {', '.join(self.labels)}"
+            raise WagleError(why)
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         return self.probabilities(texts, self.toxic)
@@ -137,9 +136,8 @@ class SentenceModel:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise WagleError(
-                f"{option}: it needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
-            ) from None
+            why = f"{option}: it needs sentence-transformers: pip install 'wagle-pl[embeddings]'"
+            raise WagleError(why) from None
         with loading(f"{option} {name!r}", name):
             self.model: Any = SentenceTransformer(name)
 
