@@ -294,12 +294,10 @@ class Evaluation:
         infos |= dict.fromkeys(skipped, Info("", "retrained", "an attack"))
         infos = {name: infos.get(name) or plan.suite.info(name) for name in values}
         text = results_files.comparison(measured | ability.shown(), infos.__getitem__, **others)
-        if plan.attacks:
-            lines = [
-                f"undefined: {n}: {v}" for n, v in attacked.items() if isinstance(v, Undefined)
-            ]
-            text = "\n".join([f"{text}\n", attacking.robustness_table(findings), *lines])
         undefined = {name: str(v) for name, v in values.items() if isinstance(v, Undefined)}
+        if plan.attacks:
+            lines = [f"undefined: {n}: {undefined[n]}" for n in attacked if n in undefined]
+            text = "\n".join([f"{text}\n", attacking.robustness_table(findings), *lines])
         tested = Results(defined_only(values), undefined, tables, infos, plan.prompts, text=text)
         tested.path = self.folder or Path()
         if distributed.rank() == 0:
