@@ -165,6 +165,9 @@ class CountingTensor(torch.Tensor):
         COUNTS.wait("tolist")
         return self.raw.tolist()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:  # checkpoints are loaded on the CPU
+        return self.raw.__reduce_ex__(protocol)
+
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
 

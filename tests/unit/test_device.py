@@ -168,6 +168,7 @@ def _objective(name: str, **options: Any) -> dict[str, Any]:
     [
         *((_objective(name), {}) for name in ("GradDiff", "GradAscent", "PO", "SimNPO", "DPO")),
         *((_objective(name), {}) for name in ("UNDIAL", "WGA", "CEU", "SatImp", "L1Sparse")),
+        *((_objective(name), {}) for name in ("RandomLabel", "FineTune", "KL")),
         (_objective("RMU", layer=1, steering=5.0), {}),
         (_objective("PDU", epsilon=0.3), {}),
         (_objective("NPO", retain="KL"), {}),
@@ -181,6 +182,8 @@ def _objective(name: str, **options: Any) -> dict[str, Any]:
         ({**_objective("NPO"), "clip_scope": "selected"}, {"gradient_clip_val": 0.1}),
         (_objective("NPO"), {"accumulate_grad_batches": 2}),
         (_objective("NPO"), {"precision": "bf16-true"}),
+        (_objective("NPO"), {"precision": "bf16-mixed"}),
+        ({**_objective("NPO", retain="KL"), "reference_logits": "top_k", "packing": True}, {}),
     ],
     ids=str,
 )
@@ -217,9 +220,11 @@ def test_dense_unlearning_and_finetuning(tiny_model: str) -> None:
     "options",
     [
         *({"score": s} for s in ("wagle", "gradient", "magnitude", "snip", "curvature", "random")),
-        *({"score": s} for s in ("forget_retain_ratio", "fisher_ratio")),
+        *({"score": s} for s in ("forget_retain_ratio", "fisher_ratio", "wanda", "signed")),
         *({"hessian": h} for h in ("gauss_newton", "fisher", "hutchinson")),
         *({"sums": s} for s in ("host", "passes=2")),
+        {"score": "curvature", "hessian": "fisher", "sums": "host"},
+        {"score": "fisher_ratio", "hessian": "gauss_newton", "sums": "passes=2"},
     ],
     ids=str,
 )
@@ -230,6 +235,38 @@ def test_attribution(tiny_model: str, options: dict[str, Any]) -> None:
     )
     differing = sum(int((here[name] != there[name].cpu()).sum()) for name in here)
     assert differing <= 4  # scores that are equal but for the order of a sum
+
+
+class _Save(L.Callback):
+    """Writes a checkpoint after the second step."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "middle.ckpt")
+
+
+def test_resume_and_export(tiny_model: str, mask: WeightMask, tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint of the device, and the model that it writes."""
+    results = []
+    for on_device in (False, True):
+        folder = tmp_path / str(on_device)
+        for name, checkpoint in (("unbroken", None), ("resumed", folder / "middle.ckpt")):
+            lm = load_model(tiny_model, torch.float32)
+            lm.config.use_cache = False
+            make = device.trainer if on_device else trainer
+            run = {"max_steps": 4, "default_root_dir": folder, "callbacks": [_Save()]}
+            with device.counting():
+                given = device.on_device(lm) if on_device else lm
+                options = {"mask": mask, "lr": 1e-3, "output": str(folder / name)}
+                module = UnlearnModule(given, objective="NPO", **options)
+                make(**run).fit(module, data(), ckpt_path=checkpoint)
+            results.append(weights(module))
+        for name, weight in load_model(str(folder / "resumed"), torch.float32).named_parameters():
+            assert torch.equal(weight, results[-1][name])
+    for name, here in results[0].items():
+        assert torch.equal(results[1][name], here)
+        assert torch.equal(results[3][name], results[2][name])
+        torch.testing.assert_close(results[2][name], here, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shown", [False, True])
