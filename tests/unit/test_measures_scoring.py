@@ -70,6 +70,10 @@ def check_scores(model, count, **options):
             assert values.logprobs.tolist() == pytest.approx(expected, abs=1e-4)
             greedy = [logprobs[p - 1].argmax().item() == candidate.ids[p] for p in places]
             assert values.greedy.tolist() == greedy and len(values.std) == len(places)
+        options |= {"vocabulary": False, "greedy": False}
+        plain = score(Passes(model), every, pad_id=0, **options)
+        assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(scores, plain, strict=True))
+        assert plain[0].greedy is plain[0].std is None
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -257,9 +257,9 @@ class Observer:
 
     def _score(self, sequences: Sequence[Scored], needs: Collection[str]) -> None:
         """Fill in the scores of sequences."""
-        options = {"share": self.share, "vocabulary": "vocabulary" in needs}
+        wanted = {"vocabulary": "vocabulary" in needs, "greedy": "tokens" in needs}
         pad_id = self.tokenizer.pad_token_id or 0
-        scores = score(self.passes, sequences, pad_id, self.max_rows, **options)
+        scores = score(self.passes, sequences, pad_id, self.max_rows, self.share, **wanted)
         self.passes.level()
         for sequence, values in zip(sequences, scores, strict=True):
             sequence.scores = values

@@ -38,11 +38,10 @@ class Candidate:
 
 
 class TokenScores(NamedTuple):
-    """Scores of T tokens: (T,) tensors. ``mean`` and ``std`` of the vocabulary are None unless
-    wanted."""
+    """Scores of T tokens: (T,) tensors; None if not wanted."""
 
     logprobs: Tensor
-    greedy: Tensor  # whether the token is the most probable one
+    greedy: Optional[Tensor] = None  # whether the token is the most probable one
     mean: Optional[Tensor] = None
     std: Optional[Tensor] = None
 
@@ -87,13 +86,16 @@ def accepts(model_class: type, argument: str) -> bool:
     return argument in signature(model_class.forward).parameters
 
 
-def token_statistics(logits: Tensor, targets: Tensor, vocabulary: bool = False) -> TokenScores:
+def token_statistics(
+    logits: Tensor, targets: Tensor, vocabulary: bool = False, greedy: bool = True
+) -> TokenScores:
     """Scores of (T,) targets by the (T, V) logits that predict them, float32.
 
     With p the model's distribution over the vocabulary at a token, ``mean`` is Σ p log p and
     ``std`` the root of Σ p (log p)² − mean² (at least 1e-6), as in Min-K%++ (arXiv 2404.02936).
     """
-    scores = TokenScores(logprobs_of(logits, targets), logits.argmax(-1) == targets)
+    likeliest = logits.argmax(-1) == targets if greedy else None
+    scores = TokenScores(logprobs_of(logits, targets), likeliest)
     if not vocabulary:
         return scores
     logprobs = logits.log_softmax(-1)
@@ -110,6 +112,7 @@ def score(
     max_rows: int,
     share: bool = True,
     vocabulary: bool = False,
+    greedy: bool = True,
 ) -> list[TokenScores]:
     """Scores of every candidate, in order, on the CPU; they are copied from the device at once.
 
@@ -122,8 +125,10 @@ def score(
             with its answers, the words with which its wrong answers begin. Needs a model with a
             plain cache; with others, each candidate is scored as a whole.
         vocabulary: also give mean and std of the vocabulary's log-probabilities.
+        greedy: also say which tokens are the most probable ones.
     """
-    run = _Run(passes, candidates, pad_id, max_rows, vocabulary)
+    wanted = {"vocabulary": vocabulary, "greedy": greedy}
+    run = _Run(passes, candidates, pad_id, max_rows, wanted)
     # a single token has none before it
     longer = [c for c, candidate in enumerate(candidates) if len(candidate.ids) > 1]
     takes = all(accepts(type(passes.lm), name) for name in ("position_ids", "past_key_values"))
@@ -132,16 +137,15 @@ def score(
     if share and takes and all(len(candidate.ids) <= window for candidate in candidates):
         run.down(grow(candidates, longer, 0))
     run.down([_leaf(candidates, c, 0) for c in longer if c not in run.scored])
-    columns = torch.cat(run.columns, -1).cpu() if run.columns else torch.zeros(4, 0)
-    logprobs, greedy, *moments = columns[: 4 if vocabulary else 2]
-    columns_of = TokenScores(logprobs, greedy.bool(), *moments)
+    names = ["logprobs", *["greedy"] * greedy, *["mean", "std"] * vocabulary]
+    columns = torch.cat(run.columns, -1).cpu() if run.columns else torch.zeros(len(names), 0)
+    named = dict(zip(names, columns, strict=True))
+    if greedy:
+        named["greedy"] = named["greedy"].bool()
     indices = (
         torch.tensor(run.scored.get(c, []), dtype=torch.long) for c in range(len(candidates))
     )
-    return [
-        TokenScores(*(None if column is None else column[index] for column in columns_of))
-        for index in indices
-    ]
+    return [TokenScores(**{name: named[name][index] for name in names}) for index in indices]
 
 
 # -- the prefix tree -----------------------------------------------------------------------------
@@ -212,8 +216,8 @@ class _Run:
     candidates: Sequence[Candidate]
     pad_id: int
     max_rows: int
-    vocabulary: bool
-    columns: list[Tensor] = field(default_factory=list)  # of each pass, (2 or 4, tokens)
+    wanted: dict[str, bool]  # options of :func:`token_statistics`
+    columns: list[Tensor] = field(default_factory=list)  # of each pass, (1 to 4, tokens)
     count: int = 0  # of scored tokens
     scored: dict[int, list[int]] = field(default_factory=dict)  # candidate -> places in columns
 
@@ -281,7 +285,7 @@ class _Run:
         output, predicted = self.passes(ids, mask, places, **options)
 
         def of_chunk(logits: Tensor, targets: Tensor) -> Tensor:
-            scores = token_statistics(logits, targets, self.vocabulary)
+            scores = token_statistics(logits, targets, **self.wanted)
             return torch.stack([c.to(logits.dtype) for c in scores if c is not None], -1)
 
         self.columns.append(in_chunks(of_chunk, predicted, targets.to(ids.device)).T)
