@@ -130,7 +130,7 @@ def serve(pipe: Connection) -> None:
         sys.path[0] = folder  # for classes of a test's own, as on the command line
         answer: dict[str, Any] = {"code": 0, "error": None}
         handled.clear()
-        before = _memory("VmRSS")
+        before, sent = _memory("VmRSS"), _sent()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         try:
             done = cli.run(args)
@@ -145,6 +145,7 @@ def serve(pipe: Connection) -> None:
         except SystemExit as ended:  # what is wrong is in the log
             answer.update(code=ended.code, error="see the log")
         answer |= {"peak": _memory("VmHWM") - before, "bytes": handled.bytes}
+        answer["bytes"]["sent"] = _sent() - sent - handled.bytes["written"]
         pipe.send(answer)
 
 
@@ -152,3 +153,9 @@ def _memory(field: str) -> int:
     """Bytes, as Linux counts them for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _sent() -> int:
+    """Bytes that this process has given Linux to write: to other ranks, and to files."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))

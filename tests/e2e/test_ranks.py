@@ -20,6 +20,7 @@ from helpers import (
     difference,
     fit_arguments,
     moved,
+    random_bools,
     same_bits,
     wait_for,
     weights,
@@ -33,6 +34,7 @@ from torch.nn.functional import cosine_similarity
 
 from wagle_pl.attribution.scoring import StoredScores
 from wagle_pl.cli import app as cli
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.models import load_model
 from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
@@ -470,7 +472,7 @@ def test_experts_that_one_rank_alone_uses(
                     torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-7)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Four processes."""
     running = Ranks(tmp_path_factory.mktemp("four"), count=4)
@@ -482,49 +484,76 @@ CHUNKED = """
 from wagle_pl.attribution import Random
 
 class Chunked(Random):  # as it is for tensors of many weights
-    whole, chunk = 0, 32
+    largest_draw, chunk = 0, 32
 """
 
 
-def test_each_rank_does_its_part(
-    ranks: Ranks, four: Ranks, command: Any, tiny_model: str, mask: str
-):
-    """What a rank digests, unpacks, draws, reads and writes under ZeRO-3 is 1/2 of all with two ranks, 1/4 with four;
-    and random scores are the same."""
+@pytest.fixture
+def counted(
+    ranks: Ranks, four: Ranks, command: Any, tiny_model: str
+) -> Callable[..., list[dict[str, Any]]]:
+    """Run a case on two and on four ranks; all ranks' bytes by stage, in bytes a weight × ranks."""
+
+    def run(
+        name: str, module: str, *options: Any, model: str = tiny_model
+    ) -> list[dict[str, float]]:
+        scaled, options = [], (*options, "--model.model", model)
+        weight_count = sum(weight.numel() for weight in weights(model).values())
+        for several in (ranks, four):
+            count = len(several.processes)
+            placed = (strategy(name, count), cut(8 // count, 1), f"--model.output {module}-{count}")
+            for answer in several(*command(module, *options, *placed)):
+                parts = answer["bytes"].items()
+                scaled.append({stage: count * size / weight_count for stage, size in parts})
+        return scaled
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_each_rank_does_its_part(counted: Any, tiny_model: str, mask: str, name: str):
+    """What a rank digests, unpacks, draws, reads and writes is 1/2 of all with two ranks, 1/4 with four; random scores
+    are the same for any number."""
     Path("chunked.py").write_text(CHUNKED)
     masks = ["--model.masks", json.dumps([{"score": "wagle"}, {"score": "chunked.Chunked"}])]
-    n = sum(weight.numel() for weight in weights(tiny_model).values())
     unlearn = f"--model.objective GradDiff --model.mask {mask} --trainer.max_steps 1"
+    sharded = name == "zero3"
+    read = {"read": 4 if sharded else 0}  # else each rank has the whole model
     cases = {
         # the fingerprint in bf16, before and after the pass; scores are made three times, and for a file
         "AttributionModule": (
             (ONE_PASS, "--model.save_scores fp32", *masks),
-            {
-                "digested": 2 * 2 * n,
-                "unpacked": 0,
-                "drawn": 4 * 4 * n,
-                "read": 4 * n,
-                "written": 8 * n,
-            },
+            {"digested": 2 * 2, "unpacked": 0, "drawn": 4 * 4, "written": 8, **read},
         ),
         # the fingerprint, and frozen weights in fp32 before and after
         "UnlearnModule": (
             (unlearn,),
-            {"digested": 2 * n + 2 * 4 * n, "unpacked": 3 * n, "read": 4 * n, "written": 4 * n},
+            {"digested": 2 + 2 * 4, "unpacked": 3 if sharded else 2, "written": 4, **read},
         ),
     }
     for module, (options, expected) in cases.items():
-        for several in (ranks, four):
-            count = len(several.processes)
-            output = f"--model.output {module}-{count}"
-            own = (strategy("zero3", count), cut(8 // count, 1), output)
-            for answer in several(*command(module, *options, *own)):
-                for stage, whole in expected.items():
-                    found = answer["bytes"][stage]
-                    assert found == pytest.approx(whole / count, rel=0.1), (module, count, stage)
+        for found in counted(name, module, *options):
+            assert {stage: found[stage] for stage in expected} == pytest.approx(expected, rel=0.1)
     folders = (Path(f"AttributionModule-{count}") for count in (2, 4))
     two, other = (WeightMask.load(next(f.glob("chunked*.safetensors"))) for f in folders)
     assert two == other
+    assert close("UnlearnModule-2", "UnlearnModule-4")
+
+
+@pytest.mark.parametrize(("name", "times"), [("ddp", 2), ("zero1", 3), ("zero2", 3)])
+def test_what_a_rank_sends_and_writes(counted: Any, rows: Any, name: str, times: int):
+    """In a step, gradients of selected weights (2 x), and under ZeRO their new values: times 1 - 1 / ranks, as any
+    reduction; of the model's file, its share."""
+    texts = [Path(rows["forget"]).read_text()]
+    folder = str(create_tiny_llama("wide", texts, vocab_size=400, hidden_size=256, layers=2))
+    bools = random_bools(parameter_shapes(load_model(folder)), 0.25)
+    mask = WeightMask.from_bools(bools).save("mask")
+    options = (f"--model.objective GradDiff --trainer.max_steps 1 --model.mask {mask}",)
+    for rank, found in enumerate(counted(name, "UnlearnModule", *options, model=folder)):
+        assert found["written"] == pytest.approx(4, rel=0.01)
+        if rank in (1, 5):  # the last rank, which hands on nothing of what rank 0 broadcasts
+            ranks = 2 if rank == 1 else 4
+            assert found["sent"] / (ranks - 1) == pytest.approx(times * 4 * 0.25, rel=0.1)
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -94,6 +94,22 @@ def test_random_depends_on_seed_and_name():
     assert not torch.equal(A.Random(1)(w), A.Random(1)(other))
 
 
+def test_random_draws_what_is_before_its_rows_once(monkeypatch: pytest.MonkeyPatch):
+    theta, drawn, rand = torch.zeros(60, 10), [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda n, **options: drawn.append(n) or rand(n, **options))
+    score = A.Random(3)
+    for _ in range(4):  # passes over the last 200 of 600 weights
+        for first in (400, 500):
+            rows = theta.view(-1)[first : first + 100]
+            part = score(A.WeightStatistics("w", rows, first=first, total=600))
+            assert torch.equal(
+                part, A.Random(3)(A.WeightStatistics("w", theta)).view(-1)[first:][:100]
+            )
+        score(A.WeightStatistics("other", theta[:1]))
+    whole = 4 * 2 * 600  # of the comparison
+    assert sum(drawn) == 400 + 4 * 200 + 4 * 10 + whole
+
+
 @pytest.mark.parametrize("largest_draw", [1000, 0])
 def test_random_of_some_rows_are_those_of_all(largest_draw: int, monkeypatch: pytest.MonkeyPatch):
     """Those of a small parameter are one generator's, in any cut; of a large one little more is drawn than is used."""

@@ -279,9 +279,9 @@ class Wanda(Score):
 class Random(Score):
     """Uniform random numbers in [0, 1): the control for every other score.
 
-    One generator draws the numbers of a parameter with at most ``whole`` weights, all before a
-    rank's rows included. A larger parameter has one generator for each ``chunk`` of weights, so that
-    a rank draws little more than its own rows.
+    One generator draws the numbers of a parameter with at most ``largest_draw`` weights: in the
+    first of several passes, a rank also draws those before its rows. A larger parameter has one
+    generator for each ``chunk`` of weights, so that a rank draws little more than its own rows.
 
     Args:
         seed: of the numbers, which also depend on the parameter's name.
@@ -296,6 +296,8 @@ class Random(Score):
         self.seed = seed
         #: A generator, its seed, and how many numbers it has drawn.
         self._source: Optional[tuple[torch.Generator, int, int]] = None
+        #: Seed and how many numbers it has drawn before a rank's rows -> a generator's state (5 kB).
+        self._states: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, w: WeightStatistics) -> Tensor:
         numbers = torch.empty(w.theta.numel(), dtype=torch.float32)
@@ -311,9 +313,14 @@ class Random(Score):
         return numbers.view(w.theta.shape).to(w.theta.device)
 
     def _generator(self, seed: int, begin: int) -> torch.Generator:
-        """A seed's generator after ``begin`` numbers: the last one if it is there, else new."""
+        """A seed's generator after ``begin`` numbers: the last one, or a new one in a kept state."""
         if self._source is None or self._source[1:] != (seed, begin):
-            self._source = torch.Generator().manual_seed(seed), seed, begin
-            for start in range(0, begin, self.chunk):
-                torch.rand(min(self.chunk, begin - start), generator=self._source[0])
+            generator, at = torch.Generator().manual_seed(seed), (seed, begin)
+            if begin and at not in self._states:
+                for start in range(0, begin, self.chunk):
+                    torch.rand(min(self.chunk, begin - start), generator=generator)
+                self._states[at] = generator.get_state()
+            if begin:
+                generator.set_state(self._states[at])
+            self._source = generator, *at
         return self._source[0]

@@ -54,11 +54,11 @@ class Originals:
         with suppress(WagleError, OSError):  # its weights are in another format
             if (folder := weights_folder(name)) is not None:
                 self._files = TensorFiles(folder)
-        self._names = frozenset(() if self._files is None else self._files.names)
+        self.names = frozenset(() if self._files is None else self._files.names)
 
     def dtype(self, weight: str) -> Optional[torch.dtype]:
         """The dtype a weight is stored in; the model's if its files lack a weight of this name."""
-        name = self._files.dtype(weight) if weight in self._names else ""
+        name = self._files.dtype(weight) if weight in self.names else ""
         stored = next((dtype for dtype, known in DTYPES.items() if known == name), None)
         return stored if stored is not None and stored.is_floating_point else self.default
 
@@ -89,7 +89,7 @@ class Originals:
 
     def read(self, weight: str) -> Optional[Tensor]:
         """A weight as it is stored; None if there is none of that name."""
-        return self._files.tensor(weight) if weight in self._names else self._loaded.get(weight)
+        return self._files.tensor(weight) if weight in self.names else self._loaded.get(weight)
 
     @cached_property
     def _loaded(self) -> dict[str, Tensor]:
@@ -182,14 +182,17 @@ def save_model(
     card: str,
     record: Mapping[str, Any],
     originals: Optional[Originals] = None,
+    together: bool = False,
 ) -> Path:
-    """Write a folder that ``from_pretrained`` loads; collective if the weights are sharded.
+    """Write a folder that ``from_pretrained`` loads.
 
     Args:
         originals: weights that the model was loaded from: the file has their dtypes, and their bits
             where nothing has changed. When None, dtypes are those in memory.
+        together: each rank writes its share, under the model's own names: a collective, which is
+            needed if the weights are sharded.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if together:
         tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
         shapes = shapes_of(tensors.items())
         weights = {
@@ -197,6 +200,7 @@ def save_model(
             for name, tensor in tensors.items()
         }
         model.config.architectures = [type(model).__name__]
+        model.config.dtype = model.dtype
         configs = (model.config, model.generation_config)
         return save_weights(weights, configs, tokenizer, folder, card, record, originals)
     dtype = None if originals is None else originals.default

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from wagle_pl.core import outputs
+from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import peak_memory, versions
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.schema import check_arguments
@@ -125,7 +125,7 @@ class FinetuneModule(LanguageModule):
         self.from_checkpoint = self.fitted = False
         self._started = time.monotonic()
         self._step: list[StepLosses] = []
-        self._finite = FiniteSteps()
+        self._finite, self._together = FiniteSteps(), False  # whether ranks write together
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
         self._moves_kept: Optional[float] = None
@@ -404,22 +404,31 @@ class FinetuneModule(LanguageModule):
         super().on_train_end()
         if self.trainer.fast_dev_run or not self.output:
             return
-        record = self.record()
+        record, output, together = self.record(), Path(self.output), self.exports_together()
 
         def write(path: Path) -> None:
-            self.output = str(path)
+            self.output, self._together = str(path), together and path == output
             self.export(record)
 
-        if self.sharded or self.trainer.is_global_zero:
-            checkpoint = outputs.last_checkpoint(self.trainer)
-            outputs.write_or_keep(write, Path(self.output), checkpoint, again=not self.sharded)
-        if self.trainer.is_global_zero:
+        first, checkpoint = self.trainer.is_global_zero, outputs.last_checkpoint(self.trainer)
+        if together or first:
+            outputs.write_or_keep(write, output, checkpoint, again=first and not self.sharded)
+        if first:
             log.info("model written to %s", self.output)
 
+    def exports_together(self) -> bool:
+        """Whether each rank writes its share of the model: not if weights have other names in their
+        files (as those of adapters), or if the model's code is to be copied."""
+        stored = Originals(self.model_name).names if distributed.is_distributed() else ()
+        plain = parameter_shapes(self.lm).keys() <= set(stored) and self.lm._auto_class is None
+        return self.sharded or plain
+
     def export(self, record: dict[str, Any]) -> None:
-        """Write the model folder; unchanged values keep their bits. Collective under ZeRO-3."""
+        """Write the model folder; unchanged values keep their bits. A collective if
+        :meth:`exports_together`, else called on rank 0 alone."""
         originals = None if self.output_dtype else Originals(self.model_name)
-        save_model(self.lm, self.tokenizer, self.output, model_card(record), record, originals)
+        made = (self.tokenizer, self.output, model_card(record), record)
+        save_model(self.lm, *made, originals, self._together)
 
     def record(self) -> dict[str, Any]:
         """What made this model, for ``wagle.json`` and the model card."""
