@@ -61,6 +61,7 @@ MISTAKES = {
         "--data.val [forget,kept]": "data.val: .*'kept'",
         "--trainer.overfit_batches 2": "trainer.overfit_batches: ",
         "--trainer.limit_train_batches 1.5": "trainer: .*limit_train_batches",
+        "--ckpt_path=": "ckpt_path: no checkpoint is the best",
         "--data.batch_size null": "data.batch_size: must be an integer, got None",
         "--data.max_length null": "data.max_length: must be an integer, got None",
         "--data.test_batch_size null": "data.test_batch_size: must be an integer, got None",
@@ -76,6 +77,7 @@ MISTAKES = {
         f"--trainer.max_steps {'9' * 5000}": "max_steps",
     },
     ATTRIBUTE: {
+        "--model.save_scores true": "model.save_scores: must be bf16, fp32 or null; got True",
         "--model.densty 1": "model.densty: .* density",
         "--model.lr 1": "model.lr: ",
         "--model.density nan": "model.density: ",
@@ -383,3 +385,12 @@ def test_half_of_what_a_launcher_sets(fails, tiny_model, monkeypatch, name):
     monkeypatch.setenv("SLURM_JOB_NAME", "x")
     line = fails(f"{UNLEARN} --model.model {tiny_model} --model.output out --trainer.strategy ddp")
     assert "environment variable" in line and "unset" in line
+
+
+@pytest.mark.parametrize("content", ["", "null", "hello"])
+def test_what_is_in_a_mask_file_is_no_value_of_the_option(fails, tiny_model, content):
+    Path("m.safetensors").write_text(content)
+    line = fails(
+        f"{UNLEARN} --model.model {tiny_model} --model.output out --model.mask m.safetensors"
+    )
+    assert "mask file m.safetensors is not a whole safetensors file" in line

@@ -438,3 +438,20 @@ def test_torch_files_that_are_no_masks(tmp_path: Path, capsys: pytest.CaptureFix
             WeightMask.from_torch(tmp_path / "y.pt")
     with pytest.raises(WagleError, match="does not exist"):
         WeightMask.from_torch(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WeightMask.from_bools({"a": torch.rand(3)}), "bools: a must be a bool tensor"),
+        (lambda: WeightMask.from_bools({"a": [True]}), "bools: a: must be a Tensor"),
+        (lambda: WeightMask.from_bools({1: torch.ones(1).bool()}), "bools: key: must be a text"),
+        (lambda: WeightMask.from_bools(None), "bools: must be an object, got None"),
+        (lambda: WeightMask.load(None), "path: must be a text or a Path, got None"),
+        (lambda: WeightMask({}, {}).save(5), "path: must be a text or a Path, got 5"),
+        (lambda: WeightMask({}, {}).random_like("x"), "seed: must be an integer of 0 or more"),
+    ],
+)
+def test_what_is_no_mask_in_python(make: Any, message: str) -> None:
+    with pytest.raises(WagleError, match=message):
+        make()

@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 #: Class for ``--optimizer.OPTION`` without ``--optimizer``: the default of the modules.
 DEFAULT_OPTIMIZER = "MaskedAdamW"
 
-MOST_STEPS = 1_000_000_000  # of training: more would not end in a lifetime
-
 #: Values of ``--ckpt_path`` that Lightning resolves itself.
 _NO_PATHS = ("last", "hpc", "registry")
 
@@ -88,6 +86,9 @@ class WagleCLI(LightningCLI):
         """Add ``--optimizer`` and ``--lr_scheduler``: any class of torch or of this package."""
         parser.add_optimizer_args()
         parser.add_lr_scheduler_args()
+        for action in parser._actions:  # an empty mask file must not be read as the value null
+            if kwargs := getattr(action, "sub_add_kwargs", None):
+                action.sub_add_kwargs = {**kwargs, "sub_configs": False}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse; a class may follow its options, and ``--optimizer`` may be left out."""
@@ -151,8 +152,8 @@ class WagleCLI(LightningCLI):
             if options.get(name) == 0:
                 raise WagleError("must be above 0", f"trainer.{name}")
         for name in ("max_steps", "max_epochs"):
-            if (options.get(name) or 0) > MOST_STEPS:
-                raise WagleError(f"must be at most {MOST_STEPS:,}", f"trainer.{name}")
+            if (options.get(name) or 0) > 10**9:  # which would not end in a lifetime
+                raise WagleError(f"must be at most {10**9:,}", f"trainer.{name}")
         if "spawn" in str(options.get("strategy")):
             hint = "choose ddp, which starts the command once for each device"
             raise WagleError("a command cannot be spawned", "trainer.strategy", hint)
@@ -195,7 +196,7 @@ class WagleCLI(LightningCLI):
         """Refuse a checkpoint that cannot be read, before the Trainer tries to resume from it."""
         options = self.config[self.subcommand]
         name = str(options.get("ckpt_path") or "")
-        if name == "best":
+        if name == "best" or options.get("ckpt_path") == "":
             raise WagleError("no checkpoint is the best before a run: name a file", "ckpt_path")
         if not name or "://" in name or name.partition(":")[0] in _NO_PATHS:
             return

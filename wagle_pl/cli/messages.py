@@ -15,8 +15,9 @@ from wagle_pl.core.stopping import is_first_rank
 EXIT_MISTAKE = 2
 
 #: What a disk answers about a path, and code does not get wrong.
-_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-_OF_DISKS |= {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OF_DISKS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+_OF_DISKS |= {errno.ENAMETOOLONG, errno.ELOOP, *_FULL}
 
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -46,8 +47,8 @@ def mistake(error: BaseException) -> Optional[str]:
     for cause in causes(error):
         if isinstance(cause, WagleError):
             return str(cause)
-        if isinstance(cause, OSError) and cause.filename and cause.errno in _OF_DISKS:
-            return f"{cause.filename}: {cause.strerror.lower()}; choose another place"
+        if isinstance(cause, OSError) and cause.errno in (_OF_DISKS if cause.filename else _FULL):
+            return f"{cause.filename or 'output'}: {cause.strerror.lower()}; choose another place"
     return None
 
 

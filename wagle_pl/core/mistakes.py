@@ -43,8 +43,9 @@ def in_one_line(message: str, options: Collection[str] = ()) -> str:
         return f"{option}: {faults[-1][1]}"
     if value and re.search(_NO_CLASS, message):
         return _unknown_class(value[1], option, message)
-    if value and (types := re.findall(r"Expected an? (.*)\. Got|Subtypes: \[(.*)\]", message)):
-        expected = re.sub(r"<class '([\w.]+)'>", r"\1", "".join(types[-1]))
+    kinds = r"Subtypes: \[(.*)\]" if "Subtypes: [" in message else r"Expected an? (.*)\. Got"
+    if value and (types := re.findall(kinds, message)):
+        expected = re.sub(r"<class '([\w.]+)'>", r"\1", types[-1])
         expected = re.sub(r"(?:\w+\.)+(\w+)", r"\1", expected).replace("NoneType", "null")
         if "Literal[" in expected:
             choices = re.findall(r"[^][', ]+", expected.replace("Literal", ""))

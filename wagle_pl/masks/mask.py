@@ -13,14 +13,14 @@ import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Optional, TypedDict, TypeVar
+from typing import Any, Optional, TypedDict, TypeVar, Union
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, WrongType
 from wagle_pl.core.files import absent, atomic_path
 from wagle_pl.core.hub import card_of, upload
 from wagle_pl.core.records import MadeBy
@@ -55,7 +55,7 @@ class Header(TypedDict):
 
 def mask_path(path: str | Path) -> Path:
     """``path`` with the mask suffix, added when missing."""
-    path = Path(path)
+    path = Path(check(path, Union[str, Path], "path"))
     if not path.name:
         raise WagleError(f"mask file {str(path)!r} has no name: name a file")
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
@@ -104,6 +104,9 @@ class WeightMask:
         cls, bools: Mapping[str, Tensor], metadata: Optional[Mapping[str, Any]] = None
     ) -> WeightMask:
         """The mask of a ``{name: bool tensor}`` dict."""
+        for name, tensor in check(bools, dict[str, Tensor], "bools").items():
+            if tensor.dtype != torch.bool or tensor.is_meta:
+                raise WrongType(f"{name} must be a bool tensor with values", "bools")
         packed = {name: pack_bits(tensor) for name, tensor in bools.items()}
         return cls(packed, {name: tensor.shape for name, tensor in bools.items()}, metadata)
 
@@ -141,8 +144,7 @@ class WeightMask:
 
     def random_like(self, seed: int) -> WeightMask:
         """A mask with as many selected weights, chosen uniformly at random from all weights."""
-        if seed < 0:
-            raise WagleError(f"seed: must be 0 or more, got {seed}")
+        check(seed, Count, "seed")
         sizes = {name: prod(shape) for name, shape in self.shapes.items()}
         made_by = self._made_from("random_like", self) | {"seed": seed}
         return WeightMask(random_bits(sizes, self.count(), seed), self.shapes, made_by)
@@ -163,7 +165,7 @@ class WeightMask:
     @classmethod
     def load(cls, path: str | Path) -> WeightMask:
         """Open a mask file; tensors are read on demand."""
-        named, path = Path(path), mask_path(path)
+        path, named = mask_path(path), Path(path)
         if not path.is_file() and named.is_file():
             raise WagleError(
                 f"{named} is not a {SUFFIX} file: convert a mask of torch.save with wagle mask "

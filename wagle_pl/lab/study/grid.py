@@ -415,8 +415,8 @@ class Grid(NamedTuple):
         cls, objectives: Entries, masks: Entries, rates: Sequence[float], seeds: Sequence[int]
     ) -> Grid:
         """The grid of a configuration; refuses what is empty, unknown, or given twice."""
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise WagleError(f"seeds: must be different numbers, got {list(seeds)}")
+        if not seeds or len({s for s in seeds if 0 <= s < 1 << 32}) < len(seeds):
+            raise WagleError(f"seeds: must be different numbers in [0, 2³²), got {list(seeds)}")
         return cls(read_objectives(objectives), read_masks(masks), check_rates(rates), list(seeds))
 
     def rates_of(self, objective: ObjectiveChoice, mask: MaskChoice) -> tuple[float, ...]:

@@ -141,7 +141,7 @@ class Study:
             raise WagleError("give --steps or --epochs, not both")
         check_counts("--", points=self.points, accumulate=self.accumulate)
         check_counts("--", steps=self.steps, epochs=self.epochs)
-        if self.hours is not None and self.hours < 0:
+        if self.hours is not None and not self.hours >= 0:
             raise WagleError(f"must be 0 or more, got {self.hours:g}", option="--hours")
         if self.along == "answers" and self.generate == "always":
             message = "--along answers generates nothing before a run's end"
