@@ -136,9 +136,8 @@ class MUSEDataModule(SuiteDataModule):
             **kwargs,
         )
         if forget_split.count("/") != 1:
-            raise WagleError(
-                f"data.forget_split: must be SUBSET/SPLIT such as raw/forget, got {forget_split!r}"
-            )
+            why = f"must be SUBSET/SPLIT such as raw/forget, got {forget_split!r}"
+            raise WagleError(why, "data.forget_split")
         self.corpus = corpus
         self.forget_split = forget_split
         self.retain_splits = tuple(retain_splits)

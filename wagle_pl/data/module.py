@@ -318,10 +318,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
         example = self.examples(stream)[row]
         try:
             if answer is not None and example.kind in ("text", "tokens"):
-                raise WagleError(
-                    "there is no question to refuse: this objective or forget loss needs rows with "
-                    "a question and an answer"
-                )
+                why = "there is no question to refuse: this objective or forget loss needs rows"
+                raise WagleError(f"{why} with a question and an answer")
             encoded = self.template.encode(example, answer)
             if (vocabulary := self.needs.vocabulary()) is not None:
                 check_ids([*encoded["input_ids"], *encoded["labels"]], vocabulary)
@@ -343,10 +341,8 @@ class ForgetRetainDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Micro-batches of the streams that the module needs, for this rank."""
         if getattr(self.trainer, "overfit_batches", 0):
-            raise WagleError(
-                "trainer.overfit_batches: its batches are not the sampler's: give --data.limit_forget "
-                "and --data.limit_retain instead"
-            )
+            why = "its batches are not the sampler's: give --data.limit_forget and"
+            raise WagleError(f"{why} --data.limit_retain instead", "trainer.overfit_batches")
         sets = dict.fromkeys(ALIGNED.get(stream, stream) for stream in self.needs.streams)
         lengths = {name: self._lengths(name) for name in sets}
         first, (world_size, rank) = next(iter(sets)), self.ranks

@@ -42,10 +42,8 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
     elif path.is_dir() or (not path.exists() and plainly_local(source.partition(":")[0])):
         raise absent("data source", source, hub=True)
     elif path.exists() or source.count("/") != 1:
-        raise WagleError(
-            f"data source {source!r} is neither a file of a known kind ({', '.join(READERS)}) nor "
-            "a hub dataset 'owner/name'"
-        )
+        why = f"data source {source!r} is neither a file of a known kind ({', '.join(READERS)})"
+        raise WagleError(f"{why} nor a hub dataset 'owner/name'")
     else:
         name, _, config = source.partition(":")
         rows = read_hub(HubSet(name, config or None, split or "train"), limit)

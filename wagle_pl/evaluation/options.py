@@ -153,9 +153,8 @@ class Plan:
             option = f"format {self.options.format}"
         if option:
             suite = type(self.suite).__name__
-            raise WagleError(
-                f"{self.prefix}{option}: it is for the {suites}, the suite is {suite}: leave it out"
-            )
+            why = f"it is for the {suites}, the suite is {suite}: leave it out"
+            raise WagleError(why, f"{self.prefix}{option}")
 
     def _check_needs(self) -> None:
         """Refuse a suite that needs something of a test set that nothing observes."""
