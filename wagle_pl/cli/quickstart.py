@@ -65,13 +65,12 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
 
 def _commands(trial: bool) -> dict[str, tuple[str, set[str]]]:
     """Name -> command, and the names of those that come before it."""
-    finetune, masks, data = "fit --config people/finetune", f"{RUNS}/masks", "--config people/data"
+    train, masks, data = "fit --config people/finetune", f"{RUNS}/masks", "--config people/data"
     attribute, unlearn = f"fit {data} --config task/attribute", "fit --config people/unlearn"
-    retrain = f"{finetune} --model.train_on retain --model.output {RUNS}/retrained"
     random = f"{attribute} --model.score random --model.output {masks}/random"
     commands = {
-        "target": (finetune, {"base"}),
-        "retrained": (retrain, {"base"}),
+        "target": (train, {"base"}),
+        "retrained": (f"{train} --model.train_on retain --model.output {RUNS}/retrained", {"base"}),
         "wagle": (attribute, {"target"}),
         "random": (random, {"target"}),
     }
@@ -94,16 +93,12 @@ def _commands(trial: bool) -> dict[str, tuple[str, set[str]]]:
 
 
 def _run_all(commands: dict[str, tuple[str, set[str]]], verbose: bool) -> None:
-    """Make the base, then run commands side by side, each once those before it are done.
-
-    Raises:
-        SystemExit: with the status of a command that fails; all others are killed.
-    """
+    """Make the base, then run commands side by side, each once those before it are done. A command
+    that fails ends the others, and this process with its status."""
     # One process imports the libraries, and each command's process is forked from that one.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["wagle_pl.cli.lightning"])
-    all_cores = range(os.cpu_count() or 1)
-    slots = len(getattr(os, "sched_getaffinity", lambda _: all_cores)(0))
+    slots = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
     waiting, done = {"base": ("", set[str]()), **commands}, set[str]()
     running: dict[Any, tuple[str, BaseProcess, float]] = {}  # by what wait() takes
     try:

@@ -127,8 +127,7 @@ def score(
         vocabulary: also give mean and std of the vocabulary's log-probabilities.
         greedy: also say which tokens are the most probable ones.
     """
-    wanted = {"vocabulary": vocabulary, "greedy": greedy}
-    run = _Run(passes, candidates, pad_id, max_rows, wanted)
+    run = _Run(passes, candidates, pad_id, max_rows, {"vocabulary": vocabulary, "greedy": greedy})
     # a single token has none before it
     longer = [c for c, candidate in enumerate(candidates) if len(candidate.ids) > 1]
     takes = all(accepts(type(passes.lm), name) for name in ("position_ids", "past_key_values"))
@@ -142,10 +141,8 @@ def score(
     named = dict(zip(names, columns, strict=True))
     if greedy:
         named["greedy"] = named["greedy"].bool()
-    indices = (
-        torch.tensor(run.scored.get(c, []), dtype=torch.long) for c in range(len(candidates))
-    )
-    return [TokenScores(**{name: named[name][index] for name in names}) for index in indices]
+    places = [torch.tensor(run.scored.get(c, []), dtype=torch.long) for c in range(len(candidates))]
+    return [TokenScores(**{name: named[name][index] for name in names}) for index in places]
 
 
 # -- the prefix tree -----------------------------------------------------------------------------
