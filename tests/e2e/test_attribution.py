@@ -20,7 +20,8 @@ from wagle_pl import WeightMask
 from wagle_pl.attribution import AttributionModule, Gradient, Score, mask_from_scores
 from wagle_pl.attribution.collect import Draws, Job, collect
 from wagle_pl.attribution.hessian import GaussNewton, bartlett_loss, sample_labels
-from wagle_pl.attribution.scoring import Collected, StoredScores
+from wagle_pl.attribution.scoring import Collected
+from wagle_pl.attribution.stored import StoredScores
 from wagle_pl.attribution.sums import GradientSums
 from wagle_pl.cli import app as cli
 from wagle_pl.core.distributed import stable_seed

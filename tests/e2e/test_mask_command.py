@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import LLAMA, random_bools
 
-from wagle_pl.attribution.scoring import write_scores
+from wagle_pl.attribution.stored import write_scores
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.mask import VERBS
 from wagle_pl.core.weights import fingerprint, parameter_shapes

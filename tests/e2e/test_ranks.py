@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from wagle_pl.attribution.scoring import StoredScores
+from wagle_pl.attribution.stored import StoredScores
 from wagle_pl.cli import app as cli
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.lm.models import load_model
@@ -96,16 +96,18 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture
 def mask(tiny_model: str) -> str:
-    """A mask file with the tensors of every kind: whole, compact, nearly dense, empty.
+    """A mask file with the tensors of every kind: whole, compact, nearly dense, empty, rows, columns.
 
     It selects an odd number of weights: DeepSpeed's buckets, no larger than what is trained, must hold an even one.
     """
     generator = torch.Generator().manual_seed(0)
-    densities = [1.0, 0.3, 0.9, 0.0, 0.5]
-    bools = {
-        name: torch.rand(p.shape, generator=generator) < densities[i % 5]
-        for i, (name, p) in enumerate(load_model(tiny_model).named_parameters())
-    }
+    densities = [1.0, 0.3, 0.9, 0.0, 0.5, 0.4, 0.6]
+    bools = {}
+    for i, (name, p) in enumerate(load_model(tiny_model).named_parameters()):
+        numbers = torch.rand(p.shape, generator=generator)
+        if p.dim() > 1 and i % 7 > 4:
+            numbers = numbers.select(i % 7 - 5, 0).unsqueeze(i % 7 - 5).expand(p.shape)
+        bools[name] = numbers < densities[i % 7]
     if sum(int(selected.sum()) for selected in bools.values()) % 2 == 0:
         next(iter(bools.values())).view(-1)[0] = False  # the first is selected as a whole
     made = WeightMask.from_bools(bools)
@@ -315,6 +317,9 @@ SPECS = [
     {"score": "gradient", "density": 0.3, "select": "low", "exclude": "embed"},
     {"score": "random", "density": 0.5},
     {"score": "magnitude", "include": "mlp", "density": 1.0, "name": "mlp"},
+    {"score": "curvature", "unit": "column", "pool": "max", "density": 0.2},
+    {"score": "snip", "unit": "head", "density": 0.3},
+    {"score": "random", "unit": "block:4x8", "density": 0.3, "name": "tiles"},
 ]
 MASKS = json.dumps(SPECS)
 #: The same, and a score that takes a pass for every row.

@@ -15,7 +15,7 @@ import torch
 from helpers import LLAMA, RUN, changed, places
 from safetensors.torch import save_file
 
-from wagle_pl.attribution.scoring import StoredScores, write_scores
+from wagle_pl.attribution.stored import StoredScores, write_scores
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.hub import card_of
 from wagle_pl.core.reading import parse_json, read_json

@@ -73,7 +73,7 @@ def test_the_truth_finds_every_plant_and_chance_does_not(lm, plant):
     mask = plant_mask(plant, AMOUNTS[plant], shapes, lm.config, seed=0)
     collected = Collected(lm, GradientSums(lm.named_parameters()))
     truths = {"here": mask, "elsewhere": ~mask}
-    default = MaskSpec(Knows(mask), 0.5, "high", "global")
+    default = MaskSpec(Knows(mask), 0.5, "high", "global", "weight", "mean")
     knows, random = complete([{}, {"score": "random"}], default)
     found, n = locate(collected, knows, truths), mask.count()
     others = pytest.approx(

@@ -302,7 +302,7 @@ def test_score_is_exact_where_the_forget_loss_is_linear():
 
 # -- options of a mask -------------------------------------------------------------------------------------------------
 
-DEFAULT = MaskSpec("wagle", 0.2, "high", "global")
+DEFAULT = MaskSpec("wagle", 0.2, "high", "global", "weight", "mean")
 
 
 def test_a_spec_takes_what_it_lacks_from_the_default():

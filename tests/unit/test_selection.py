@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wagle_pl.attribution import mask_from_scores, selection
-from wagle_pl.attribution.scoring import write_scores
 from wagle_pl.attribution.selection import Ranking, order_keys, select, select_each
+from wagle_pl.attribution.stored import write_scores
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.masks.bits import unpack_bits

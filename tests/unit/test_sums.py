@@ -22,7 +22,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.lm import models
 from wagle_pl.objectives.forget import GradDiff
 
-DEFAULT = MaskSpec("wagle", 0.2, "high", "global")
+DEFAULT = MaskSpec("wagle", 0.2, "high", "global", "weight", "mean")
 SPECS = [
     {"score": "wagle"},
     {"score": "signed", "density": 0.3},

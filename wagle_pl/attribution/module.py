@@ -32,9 +32,11 @@ from wagle_pl.attribution.scoring import (
     by_label,
     check_names,
     complete,
-    write_scores,
 )
+from wagle_pl.attribution.selection import Scope
+from wagle_pl.attribution.stored import write_scores
 from wagle_pl.attribution.sums import FP32, GradientSums, Sums
+from wagle_pl.attribution.units import Pool
 from wagle_pl.core import outputs
 from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.files import refuse_existing
@@ -65,26 +67,25 @@ class AttributionModule(LanguageModule):
     One pass (an epoch) covers every forget row once and as many retain rows; only what the scores
     need is computed. No weight changes: the run checks that at its end. One pass is made unless the
     Trainer is given a length (``max_epochs``, ``max_steps``, ``limit_train_batches``, ``max_time``;
-    Lightning's default of 1000 epochs counts as none). Any other number of passes is logged as a
-    warning and recorded in the mask's metadata.
+    Lightning's default of 1000 epochs counts as none), which is logged and recorded.
 
     Args:
         model: hub id, folder in Hugging Face format or GGUF file of the target model.
         output: path of the mask file; ``.safetensors`` is added when missing. With ``masks``, a
             folder. In Python it may be None: the result is then only in ``mask``.
         density: share of the eligible weights to select, in (0, 1].
-        score: ``wagle``, ``snip``, ``gradient``, ``forget_retain_ratio``, ``fisher_ratio``,
-            ``curvature``, ``signed``, ``magnitude``, ``wanda``, ``random``, or a class path to a
-            ``Score``.
+        score: name of one in :mod:`wagle_pl.attribution.scores`, or a class path to a ``Score``.
         select: take the ``high`` or the ``low`` end of the ranking.
         scope: weights compete over the whole model (``global``), within each ``tensor``, or within
             each ``row``: an output of a layer, or an input where a model stores layers transposed
             (GPT-2).
-        include: regular expression; only parameters whose name matches are eligible, the others
-            are frozen.
+        unit: select whole units: ``weight``, ``row``, ``column``, ``head`` (with the keys and values
+            that heads share), ``neuron`` of an MLP, ``block:RxC``, ``tensor`` or ``layer``.
+        pool: score of a unit: ``mean``, ``sum``, ``max`` or ``norm`` of its weights' scores.
+        include: regular expression; parameters whose name does not match are frozen.
         exclude: regular expression; parameters whose name matches are frozen.
-        masks: several masks from one pass: a list of options score, density, select, scope,
-            include, exclude, name; missing ones are taken from the options above. Each mask is
+        masks: several masks from one pass: a list of options score, density, select, scope, unit,
+            pool, include, exclude, name; missing ones are taken from the options above. Each mask is
             written to ``<output>/<name or score-density>``.
         save_scores: also write the scores, as ``bf16`` or ``fp32``, next to the mask as
             ``<mask or score>.scores``.
@@ -105,8 +106,7 @@ class AttributionModule(LanguageModule):
         sums: where gradients are summed: on the ``device``; in ``host`` memory, during the
             backward pass; or on the device in ``passes=K`` over the data, each for one K-th of the
             weights, with finished sums in files next to the output (one device only).
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a
-            third more time.
+        gradient_checkpointing: recompute activations in backward: less memory, a third more time.
     """
 
     #: Tells strategies to create no optimiser state.
@@ -119,7 +119,9 @@ class AttributionModule(LanguageModule):
         density: float = 0.2,
         score: Union[Score, str] = "wagle",
         select: Literal["high", "low"] = "high",
-        scope: Literal["global", "tensor", "row"] = "global",
+        scope: Scope = "global",
+        unit: str = "weight",
+        pool: Pool = "mean",
         include: Optional[str] = None,
         exclude: Optional[str] = None,
         masks: Optional[list[MaskSpec]] = None,
@@ -137,7 +139,7 @@ class AttributionModule(LanguageModule):
     ) -> None:
         check_arguments(AttributionModule.__init__, {**locals(), "masks": None}, "model.")
         super().__init__(model=model, output=output, **kwargs)
-        default = MaskSpec(score, density, select, scope, include, exclude)
+        default = MaskSpec(score, density, select, scope, unit, pool, include, exclude)
         self.several = masks is not None
         self.specs = complete(masks if masks is not None else [default], default)
         check_names(self.specs)
@@ -387,6 +389,7 @@ class AttributionModule(LanguageModule):
         for label, spec in self._scores.items():
             options = {key: spec.options()[key] for key in ("score", "score_options")}
             made_by = {**metadata, **options, "absolute": not spec.score.signed}
+            made_by["geometry"] = self.collected.geometry
             scores, shapes = self.collected.scores(spec.score), self.collected.shapes
             path, dtype = self._scores_path(label), DTYPES[self.save_scores]
             write = partial(write_scores, scores=scores, shapes=shapes, made_by=made_by)

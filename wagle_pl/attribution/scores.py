@@ -86,6 +86,10 @@ class Score:
         """
         raise WrongType(f"{type(self).__name__} must override __call__", option="score")
 
+    def of_units(self, count: int) -> Optional[Tensor]:
+        """(count,) scores of units of weights; None pools those of their weights."""
+        return None
+
     @property
     def label(self) -> str:
         """Short name, for files: ``forget_retain_ratio`` of a ``ForgetRetainRatio``."""
@@ -311,6 +315,11 @@ class Random(Score):
             self._source = self._source[0], seed, begin + len(part)
             done += len(part)
         return numbers.view(w.theta.shape).to(w.theta.device)
+
+    def of_units(self, count: int) -> Tensor:
+        """One number for each unit: means of many weights would be alike, and never the largest."""
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "units"))
+        return torch.rand(count, generator=generator)
 
     def _generator(self, seed: int, begin: int) -> torch.Generator:
         """A seed's generator after ``begin`` numbers: the last one, or a new one in a kept state."""

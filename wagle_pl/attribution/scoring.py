@@ -1,45 +1,36 @@
-"""From the sums of a pass to scores and masks: at once, or later from scores on disk.
+"""From the sums of a pass to scores and masks.
 
-:class:`MaskSpec` holds the options of one mask, :class:`Collected` makes masks from sums, and
-:func:`mask_from_scores` makes one from stored scores in seconds, without another pass. Scores on
-disk are a folder with one safetensors file per rank, which holds its rows of every parameter, and
-``index.json``: how the scores were made, for which model, and which files hold which parameter.
+:class:`MaskSpec` holds the options of one mask, :class:`Collected` computes scores from sums, and
+:func:`masks_of` makes masks from scores, those of a pass or those on disk.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Optional, TypedDict, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wagle_pl.attribution.hessian import DIAGONAL, TRACE, DampedHessian, Hessian
 from wagle_pl.attribution.scores import COLLECTED, Score, WeightStatistics, checked
 from wagle_pl.attribution.selection import Ranking, Scope, select_each
 from wagle_pl.attribution.sums import BLOCK, GradientSums, Shard
+from wagle_pl.attribution.units import Geometry, Pool, Units, check_unit
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError, check_density
-from wagle_pl.core.reading import read_json
-from wagle_pl.core.records import MadeBy
 from wagle_pl.core.registry import resolve
-from wagle_pl.core.schema import Count, check_arguments
-from wagle_pl.core.tensorfiles import check_version, write_tensors
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.weights import gathered, parameter_shapes
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import filled_bits
 
-FORMAT = "wagle_pl.scores"
-FORMAT_VERSION = 2
-INDEX_FILE = "index.json"
-SCORES_FILE = "scores-{:05d}.safetensors"  # of a rank, from 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -52,15 +43,17 @@ class MaskSpec:
     :class:`~wagle_pl.attribution.AttributionModule`, where they are explained.
 
     Args:
-        score, density, select, scope, include, exclude: options of the module.
-        name: of the mask's file; when None, made of score and density, and of select and scope if
-            they are not the default.
+        score, density, select, scope, unit, pool, include, exclude: options of the module.
+        name: of the mask's file; when None, made of score and density, and of select, scope and
+            unit if they are not the default.
     """
 
     score: Optional[Union[Score, str]] = None
     density: Optional[float] = None
     select: Optional[Literal["high", "low"]] = None
-    scope: Optional[Literal["global", "tensor", "row"]] = None
+    scope: Optional[Scope] = None
+    unit: Optional[str] = None
+    pool: Optional[Pool] = None
     include: Optional[str] = None
     exclude: Optional[str] = None
     name: Optional[str] = None
@@ -68,7 +61,8 @@ class MaskSpec:
     @property
     def passes(self) -> tuple[Any, ...]:
         """Specs for which this is equal are selected in the same passes over the scores."""
-        return id(self.score), self.select, self.scope, self.include, self.exclude
+        options = {**vars(self), "score": id(self.score), "density": None, "name": None}
+        return tuple(options.values())
 
     def eligible(self, names: Iterable[str]) -> list[str]:
         """The parameters whose weights compete; there must be at least one."""
@@ -82,6 +76,9 @@ class MaskSpec:
     def check(self) -> None:
         check_arguments(MaskSpec.__init__, vars(self), "")
         check_density(self.density)
+        check_unit(self.unit)
+        if self.unit != "weight" and self.scope != "global":
+            raise WagleError(f"must be global with unit {self.unit}, got {self.scope}", "scope")
         for option in ("include", "exclude"):
             pattern = getattr(self, option)
             try:
@@ -91,15 +88,13 @@ class MaskSpec:
 
     def options(self) -> dict[str, Any]:
         """What determines which weights are selected, for metadata."""
-        options = vars(self.score).items()
-        return {
-            "score": type(self.score).__name__,
-            "score_options": {k: v for k, v in options if k[0] != "_" and _is_plain(v)},
-            "select": self.select,
-            "scope": self.scope,
-            "include": self.include,
-            "exclude": self.exclude,
-        }
+        names = ["select", "scope", "include", "exclude"]
+        names += [] if self.unit == "weight" else ["unit", "pool"]
+        options = {name: getattr(self, name) for name in names}
+        if self.score is None:
+            return options
+        score = {k: v for k, v in vars(self.score).items() if k[0] != "_" and _is_plain(v)}
+        return {"score": type(self.score).__name__, "score_options": score, **options}
 
 
 def complete(
@@ -125,7 +120,8 @@ def complete(
             lacking = f"{type(spec.score).__name__} needs {unknown.pop()!r}, which no pass collects"
             raise WagleError(lacking, option="score", hint=f"choose from {COLLECTED}")
         ranking = [word for word in (spec.select, spec.scope) if word not in ("high", "global")]
-        name = [spec.score.label, f"{float(spec.density):g}", *ranking]
+        unit = [] if spec.unit == "weight" else [spec.unit.replace(":", "")]
+        name = [spec.score.label, f"{float(spec.density):g}", *ranking, *unit]
         spec.name = spec.name or "-".join(name)
         complete_specs.append(spec)
     return complete_specs
@@ -196,6 +192,7 @@ class Collected:
     ) -> None:
         self.sums, self.device = sums, device
         self.shapes = parameter_shapes(lm)
+        self.geometry = Geometry.of(lm)._asdict()
         self._parameters = list(lm.named_parameters())
         small = sums.small()
         self.counts, self.vectors = small["counts"], small["vectors"]
@@ -288,7 +285,7 @@ class Collected:
         self, score: Union[Score, str] = "wagle", density: float = 0.2, **options: Any
     ) -> Optional[WeightMask]:
         """The mask of one :class:`MaskSpec`; None on ranks other than 0."""
-        default = MaskSpec(score, density, select="high", scope="global")
+        default = MaskSpec(score, density, "high", "global", "weight", "mean")
         ((_, mask),) = self.masks(complete([MaskSpec(**options)], default), {})
         return mask
 
@@ -301,24 +298,62 @@ class Collected:
         among the scores of its rows and sends the bits, one per weight, to rank 0.
         """
         shards = dict(zip(self.shapes, self.sums.shards, strict=True))
-        first_rank = distributed.rank() == 0
         groups: dict[Any, list[MaskSpec]] = {}
         for spec in specs:
             groups.setdefault(spec.passes, []).append(spec)
         for group in groups.values():
-            spec, names = group[0], group[0].eligible(self.shapes)
-            densities = [spec.density for spec in group]
-            selected: list[dict[str, Tensor]] = [{} for _ in group]
-            scores = partial(self.scores, spec.score, set(names))
-            ranking = Ranking(absolute=not spec.score.signed, low=spec.select == "low")
-            for name, bits in select_each(scores, densities, ranking, spec.scope, shards):
-                for chosen, packed in zip(selected, bits, strict=True):
-                    bits_of_mask = shards[name].gather_bits(packed)
-                    if first_rank:
-                        chosen[name] = bits_of_mask
-            for spec, density, chosen in zip(group, densities, selected, strict=True):
-                made_by = {**metadata, **spec.options(), "density": float(density)}
-                yield spec, _whole_mask(chosen, self.shapes, made_by) if first_rank else None
+            score = group[0].score
+            scores = partial(self.scores, score)
+            options = (metadata, not score.signed, self.geometry, shards)
+            yield from masks_of(group, scores, self.shapes, *options)
+
+
+def masks_of(
+    specs: Sequence[MaskSpec],
+    scores: Callable[[Collection[str]], Iterable[tuple[str, Tensor]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, Any],
+    absolute: bool,
+    geometry: Optional[Mapping[str, Any]],
+    shards: Optional[Mapping[str, Shard]] = None,
+) -> Iterator[tuple[MaskSpec, Optional[WeightMask]]]:
+    """(spec, its mask; None on ranks other than 0) of specs that differ only in density. Collective.
+
+    Args:
+        scores: called with names of parameters, gives (name, scores of this rank's rows).
+        shapes: of all parameters.
+        metadata: of the masks, besides the options of the specs.
+        absolute: rank by absolute value.
+        geometry: fields of the model's :class:`~wagle_pl.attribution.units.Geometry`.
+        shards: the rows of this rank; all rows when None.
+    """
+    spec, names = specs[0], specs[0].eligible(shapes)
+    densities = [spec.density for spec in specs]
+    ranking = Ranking(absolute, low=spec.select == "low")
+    stream = partial(scores, names)
+    shards = shards or {name: Shard(shape, 0, 1) for name, shape in shapes.items()}
+    notes: list[dict[str, Any]] = [{} for _ in specs]
+    if spec.unit == "weight":
+        selected = select_each(stream, densities, ranking, spec.scope, shards)
+    else:
+        sizes = Geometry(**geometry) if geometry else None
+        units = Units(spec.unit, {name: shapes[name] for name in names}, sizes)
+        values = spec.score.of_units(units.count) if spec.score else None
+        if values is None:
+            values = units.pooled(stream, ranking, spec.pool, shards)
+        taken = units.choose(values, densities, ranking.low)
+        notes = [units.describe(chosen) for chosen in taken]
+        selected = units.select(taken, shards)
+    packed: list[dict[str, Tensor]] = [{} for _ in specs]
+    first_rank = distributed.rank() == 0
+    for name, bits in selected:
+        for of_spec, bits_of_rows in zip(packed, bits, strict=True):
+            bits_of_mask = shards[name].gather_bits(bits_of_rows)
+            if first_rank:
+                of_spec[name] = bits_of_mask
+    for spec, of_spec, note in zip(specs, packed, notes, strict=True):
+        made_by = {**metadata, **spec.options(), "density": float(spec.density), **note}
+        yield spec, _whole_mask(of_spec, shapes, made_by) if first_rank else None
 
 
 def _whole_mask(
@@ -327,118 +362,3 @@ def _whole_mask(
     """A mask of all parameters, in their order: those that were not eligible are frozen."""
     frozen = {n: filled_bits(prod(shape), False) for n, shape in shapes.items() if n not in packed}
     return WeightMask({name: {**frozen, **packed}[name] for name in shapes}, shapes, metadata)
-
-
-# -- scores on disk --------------------------------------------------------------------------------
-
-
-def write_scores(
-    folder: str | Path,
-    scores: Iterable[tuple[str, Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
-    made_by: dict[str, Any],
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Write a folder of scores atomically, one tensor at a time; an existing one is replaced.
-    Collective: each rank writes a file with its rows.
-
-    Args:
-        folder: on a disk that the ranks share.
-        scores: (parameter name, scores of this rank's rows) of every parameter of ``shapes``.
-        made_by: metadata for masks made from them, and ``absolute`` (ranked by absolute value).
-        dtype: of the file. In bf16, weights whose scores differ by less than 1/256 may tie.
-    """
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    metadata = header | {"shapes": json.dumps(shapes), "made_by": json.dumps(made_by)}
-    ranks = range(distributed.world_size())
-    files = {
-        name: [SCORES_FILE.format(r + 1) for r in ranks if prod(Shard(shape, r, len(ranks)).part)]
-        for name, shape in shapes.items()
-    }
-    remaining = iter(scores)
-    tensors = [
-        (name, dtype, Shard(shape).part, lambda: next(remaining)[1])
-        for name, shape in shapes.items()
-    ]
-    with distributed.shared_folder(Path(folder)) as temporary:
-        try:
-            write_tensors(temporary / SCORES_FILE.format(distributed.rank() + 1), tensors, metadata)
-        except OSError:
-            for _ in remaining:  # other ranks may need this one for them
-                pass
-            raise
-        if distributed.rank() == 0:
-            index = {**header, "shapes": shapes, "made_by": made_by, "files": files}
-            text = json.dumps(index, indent=1) + "\n"
-            (temporary / INDEX_FILE).write_text(text, encoding="utf-8")
-    return Path(folder)
-
-
-class Index(TypedDict):
-    """``index.json`` of a folder of scores."""
-
-    format: Literal["wagle_pl.scores"]
-    format_version: Union[str, int]
-    shapes: dict[str, list[Count]]
-    made_by: MadeBy
-    files: dict[str, list[str]]
-
-
-class StoredScores:
-    """A folder that :func:`write_scores` wrote, or a file in it; read one tensor at a time."""
-
-    def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        self.folder = folder.parent if folder.is_file() else folder
-        try:
-            index = read_json(self.folder / INDEX_FILE, Index, "index")
-        except WagleError as error:
-            raise WagleError(
-                f"{folder} is no folder of scores ({error})", hint="give what save_scores wrote"
-            ) from None
-        check_version(index["format_version"], FORMAT_VERSION, f"{folder} has")
-        self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
-        self.made_by = index["made_by"]
-        self._files = index["files"]
-        for name in self.shapes.keys() ^ self._files.keys():
-            raise WagleError(f"scores {folder} are damaged: {name} has no shape or no file")
-
-    def stream(self, names: Optional[Iterable[str]] = None) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, float32 scores), of all parameters or of some, in order."""
-        for name in self.shapes if names is None else names:
-            rows = []
-            for file in self._files[name]:
-                path = self.folder / file
-                try:
-                    with safe_open(path, framework="pt") as stored:
-                        rows.append(stored.get_tensor(name).float())
-                except (SafetensorError, OSError) as error:
-                    raise WagleError(f"{path} is missing or not whole: {error}") from None
-            columns = {row.shape[1:] for row in rows}
-            if len(columns) > 1 or sum(row.numel() for row in rows) != prod(self.shapes[name]):
-                raise WagleError(f"scores {self.folder} are damaged: {name} is of another shape")
-            scores = rows[0] if len(rows) == 1 else torch.cat(rows or [torch.empty(0)])
-            yield name, scores.view(self.shapes[name])
-
-
-def mask_from_scores(
-    path: str | Path,
-    density: float,
-    select: Literal["high", "low"] = "high",
-    scope: Scope = "global",
-    include: Optional[str] = None,
-    exclude: Optional[str] = None,
-) -> WeightMask:
-    """The mask from a folder of scores; if they are in fp32, the same as from the pass. Options are
-    those of :class:`~wagle_pl.attribution.AttributionModule`."""
-    options: dict[str, Any] = {"density": density, "select": select, "scope": scope}
-    options |= {"include": include, "exclude": exclude}
-    spec = MaskSpec(**options)
-    spec.check()
-    stored = StoredScores(path)
-    names = spec.eligible(stored.shapes)
-    ranking = Ranking(stored.made_by.get("absolute", True), low=select == "low")
-    chosen = select_each(lambda: stored.stream(names), [density], ranking, scope)
-    packed = {name: bits for name, (bits,) in chosen}
-    made_by = {key: value for key, value in stored.made_by.items() if key != "absolute"}
-    return _whole_mask(packed, stored.shapes, made_by | options)

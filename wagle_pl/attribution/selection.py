@@ -161,7 +161,7 @@ def find_thresholds(
         if upper[_OFFSET + _INFINITE :].any() or upper[: _OFFSET - _INFINITE].any():
             not_finite = not_finite or [name]
         del tensor  # before the next is computed
-    _check_finite(not_finite)
+    check_finite(not_finite)
     upper = distributed.all_reduce_sum(upper)
     ks = counts(int(upper.sum()))
     places = [_descend(upper, k) for k in ks]
@@ -209,7 +209,7 @@ def _descend(counts: Tensor, k: int) -> tuple[int, int]:
     return len(counts) - 1 - position, above
 
 
-def _check_finite(not_finite: Sequence[str]) -> None:
+def check_finite(not_finite: Sequence[str]) -> None:
     """Raise :class:`WagleError` if any rank names a parameter. Collective."""
     if names := distributed.all_gather(not_finite):
         raise WagleError(
@@ -252,7 +252,7 @@ def _take(tensor: Tensor, thresholds: Sequence[Threshold], ranking: Ranking) -> 
         counts = torch.tensor(distributed.all_gather([here]))  # (ranks, thresholds)
         _set_ties(thresholds, wanted - counts[: distributed.rank()].sum(0))
     bits = [
-        _packed(tensor.numel(), (threshold.take(keys) for keys in _keys(tensor, ranking)))
+        packed_parts(tensor.numel(), (threshold.take(keys) for keys in _keys(tensor, ranking)))
         for threshold in thresholds
     ]
     if several:
@@ -265,7 +265,7 @@ def _set_ties(thresholds: Sequence[Threshold], ties: Tensor) -> None:
         threshold.ties = count
 
 
-def _packed(weights: int, parts: Iterable[Tensor]) -> Tensor:
+def packed_parts(weights: int, parts: Iterable[Tensor]) -> Tensor:
     """The packed bits of consecutive bool tensors; all but the last fill whole bytes."""
     packed = torch.empty((weights + 7) // 8, dtype=torch.uint8)
     start = 0
@@ -291,7 +291,7 @@ def _select_within(
     for name, tensor in scores():
         shard = shards[name] if name in shards else Shard(tensor.shape, 0, 1)
         if by_row and len(shard.shape) > 1:
-            _check_finite([] if torch.isfinite(tensor).all() else [name])
+            check_finite([] if torch.isfinite(tensor).all() else [name])
             width = shard.shape[-1]
             rows = tensor.reshape(-1, width) if tensor.numel() else tensor.new_zeros(0, width)
             quotas = [_quotas(d, start + shard.first, width, len(rows)) for d in densities]
@@ -319,7 +319,7 @@ def _select_rows(rows: Tensor, quotas: Tensor, ranking: Ranking) -> Tensor:
     block = max(8, _chunk(rows) // max(1, rows.shape[1]) // 8 * 8)
     parts = zip(rows.split(block), quotas.split(block), strict=True)
     taken = (_take_in_rows(order_keys(part.float(), ranking), of_part) for part, of_part in parts)
-    return _packed(rows.numel(), taken)
+    return packed_parts(rows.numel(), taken)
 
 
 def _take_in_rows(keys: Tensor, quotas: Tensor) -> Tensor:

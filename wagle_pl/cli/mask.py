@@ -49,8 +49,13 @@ def info(file: str, *, tensors: bool = False) -> None:
         ("selected", f"{mask.count():,}"),
         ("density", f"{mask.density:.6f}"),
     ]
-    shares = mask_text({"share selected by layer and module type": mask.grid()})
-    parts = [fields(about), _shares("module", mask.tally(module_type_of)), shares]
+    parts = [fields(about), _shares("module", mask.tally(module_type_of))]
+    if units := made.get("units"):
+        rows = [[layer, f"{n:,}", f"{chosen:,}"] for layer, (chosen, n) in units.items()]
+        parts.append(table(["layer", f"{made['unit']} units", "selected"], rows))
+    if modules := dict.fromkeys(map(module_type_of, made.get("as_rows") or ())):
+        parts.append(f"rows take the place of a {made['unit']} in {', '.join(modules)}")
+    parts.append(mask_text({"share selected by layer and module type": mask.grid()}))
     if tensors:
         parts.append(_shares("tensor", mask.tally(str)))
     print("\n\n".join(parts))
@@ -171,6 +176,8 @@ def select(
     density: float,
     select: Literal["high", "low"] = "high",
     scope: Literal["global", "tensor", "row"] = "global",
+    unit: str = "weight",
+    pool: Literal["mean", "sum", "max", "norm"] = "mean",
     include: Optional[str] = None,
     exclude: Optional[str] = None,
     output: str,
@@ -183,14 +190,17 @@ def select(
         density: share of weights to select, in (0, 1].
         select: take the highest or the lowest scores.
         scope: density of all weights together, of each tensor, or of each row of a tensor.
+        unit: select whole units: weight, row, column, head, neuron, block:RxC, tensor or layer.
+        pool: score of a unit, from those of its weights.
         include: regular expression; only parameters whose name matches may be selected.
         exclude: regular expression; parameters whose name matches are not selected.
         output: mask file to write.
     """
     from wagle_pl.attribution import mask_from_scores
 
-    selection = (scores, density, select, scope, include, exclude)
-    _write(lambda: mask_from_scores(*selection), output, overwrite)
+    options = {"select": select, "scope": scope, "unit": unit, "pool": pool}
+    options |= {"include": include, "exclude": exclude}
+    _write(lambda: mask_from_scores(scores, density, **options), output, overwrite)
 
 
 def plot(

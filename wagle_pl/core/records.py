@@ -21,6 +21,10 @@ class MadeBy(TypedDict):
     score: Optional[str]
     absolute: Optional[bool]  # whether scores are ranked by absolute value
     density: Optional[float]
+    unit: Optional[str]
+    units: Optional[dict[str, list[Count]]]  # layer -> units selected, units
+    as_rows: Optional[list[str]]  # tensors whose rows took the place of heads or neurons
+    geometry: Optional[dict[str, Any]]  # of the model, in scores
     passes: Optional[float]
     forget_rows: Optional[Count]
     prompts: Optional[dict[str, Any]]

@@ -444,5 +444,6 @@ def describe_origin(metadata: Mapping[str, Any]) -> str:
     if metadata.get("score"):
         passes = metadata.get("passes") or 1
         several = "" if passes == 1 else f", {passes:.4g} passes"
-        return f"{metadata['score']}, density {metadata.get('density', 'unknown')}{several}"
+        unit = f", by {metadata['unit']}" if metadata.get("unit") else ""
+        return f"{metadata['score']}, density {metadata.get('density', 'unknown')}{unit}{several}"
     return "unknown"

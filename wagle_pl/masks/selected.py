@@ -239,10 +239,22 @@ class _Reading(nn.Module):
         return self._selected[leaf].weight(leaf == "weight" and is_linear(self))
 
 
+def _forward(self: Any, inputs: Tensor) -> Tensor:
+    """A linear layer's output, without the gradient of rows or columns that are frozen."""
+    output = None
+    if self._ready is None:
+        output = self._selected["weight"].multiply(inputs, self.bias)
+    return nn.Linear.forward(self, inputs) if output is None else output
+
+
 @cache  # compiled code is shared by modules of one class
-def _reading(base: type, leaves: tuple[str, ...]) -> type:
+def _reading(base: type, leaves: tuple[str, ...], by_lines: bool) -> type:
     """A subclass with properties that read these parameters."""
-    members = {x: property(lambda self, leaf=x: self._read(leaf)) for x in leaves}  # type: ignore[misc]
+    members: dict[str, Any] = {}
+    for leaf in leaves:
+        members[leaf] = property(lambda self, leaf=leaf: self._read(leaf))  # type: ignore[misc]
+    if by_lines:
+        members["forward"] = _forward
     return type(base.__name__, (_Reading, base), {"__module__": base.__module__, **members})
 
 
@@ -253,10 +265,12 @@ def _hold(module: Any, selected: dict[str, SelectedTensor]) -> Callable[[], None
     place. A sharded dense tensor stays a parameter, which DeepSpeed gathers when the module runs.
     Returns a function that undoes the change.
     """
-    base: type = type(module)
+    base: Any = type(module)
     names = list(module._parameters)
     module._selected, module._ready = selected, None
-    module.__class__ = _reading(base, tuple(selected))
+    by_lines = base.forward is nn.Linear.forward and "weight" in selected
+    by_lines = by_lines and selected["weight"].lines is not None
+    module.__class__ = _reading(base, tuple(selected), by_lines)
     for leaf, tensor in selected.items():
         if tensor.is_plain:
             continue

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wagle_pl.core import distributed
 from wagle_pl.core.weights import assign, gathered, in_shares, share_of
 from wagle_pl.masks.bits import (
+    Lines,
+    Places,
     chunk_of,
     count_bits,
     iter_places,
+    lines_of,
     pack_bits,
     put_,
     take_,
@@ -38,6 +42,32 @@ class _Select(torch.autograd.Function):
         return ctx.tensor.take_gradient(gradient, *ctx.saved_tensors), None, None, None
 
 
+class _Multiply(torch.autograd.Function):
+    """A linear layer of which whole rows or columns are selected: only their gradient is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, values: Tensor, dense: Tensor, bias: Any, tensor: SelectedTensor
+    ) -> Tensor:
+        ctx.tensor, ctx.shape, ctx.dtype = tensor, inputs.shape, inputs.dtype
+        flat = inputs.reshape(-1, inputs.shape[-1]).to(dense.dtype)
+        ctx.save_for_backward(flat, dense.detach())
+        with torch.autocast(flat.device.type, enabled=False):
+            product = F.linear(flat, dense, None if bias is None else bias.to(dense.dtype))
+        return product.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        inputs, dense = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        of_inputs = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_inputs = (flat @ dense).view(ctx.shape).to(ctx.dtype)
+        if ctx.needs_input_grad[3]:
+            of_bias = flat.sum(0)
+        return of_inputs, ctx.tensor.take_product(flat, inputs), None, of_bias, None
+
+
 class SelectedTensor:
     """A tensor of a model and the values of its selected weights.
 
@@ -53,12 +83,13 @@ class SelectedTensor:
     ) -> None:
         self.parameter = parameter
         self.masters = masters
-        #: What is trained: (selected,), or of the tensor's shape if all are selected; None if none
-        #: is. It is ``parameter`` itself if that needs no other dtype (``is_plain``).
+        #: What is trained: (selected,), or a matrix if all, or whole rows or columns, are selected;
+        #: None if none is. It is ``parameter`` itself if that needs no other dtype (``is_plain``).
         self.values: Optional[nn.Parameter] = None
         self.theta0: Optional[Tensor] = None
         self.dense_gradient: Optional[Tensor] = None
         self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
+        self.lines: Optional[Lines] = None
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None  # of this rank's share, if the tensor is sharded
         self._rank_slice = slice(0)  # the values of this rank's share
@@ -86,6 +117,10 @@ class SelectedTensor:
             values = distributed.all_gather_uneven(share[selected].to(parameter.device)).to(dtype)
         else:
             if self.is_partial:
+                self.lines = lines_of(packed, getattr(parameter, "ds_shape", parameter.shape))
+            if self.lines is not None:
+                self.lines = self.lines._replace(indices=self.lines.indices.to(parameter.device))
+            elif self.is_partial:
                 places = iter_places(packed, size, chunk_of(parameter))
                 index = torch.cat([p if size > 2**31 else p.int() for p in places])
                 self._index = index.to(parameter.device)
@@ -122,12 +157,13 @@ class SelectedTensor:
             self._kept = bits  # a small tensor, which stays whole on every rank
         return self._kept
 
-    def places(self, bits: Optional[Tensor] = None) -> Optional[Iterable[Tensor]]:
-        """Positions of the values in the flattened tensor, in pieces; None if all are selected. For
-        a sharded tensor, give its :meth:`bits`."""
+    def places(self, bits: Optional[Tensor] = None) -> Places:
+        """Where the values are in the tensor. For a sharded tensor, give its :meth:`bits`."""
         chunk = chunk_of(self.parameter)
         if not self.is_partial:
             return None
+        if self.lines is not None:
+            return self.lines
         if self._index is not None:
             return self._index.split(chunk)
         width, size = self.parameter.partition_numel(), self.parameter.ds_numel
@@ -141,6 +177,8 @@ class SelectedTensor:
         """The selected entries of a dense tensor, as a new tensor of this dtype."""
         if not self.is_partial:
             return dense.to(dtype, copy=True)
+        if self.lines is not None:
+            return dense.index_select(*self.lines).to(dtype)
         return take_(dense.new_empty(self.count, dtype=dtype), dense, self.places(bits))
 
     def placed(self, values: Tensor) -> Tensor:
@@ -202,6 +240,31 @@ class SelectedTensor:
         values = torch.zeros((), requires_grad=True) if self.values is None else self.values
         return _Select.apply(values, dense, self, None)
 
+    def multiply(self, inputs: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
+        """The output of a linear layer, if whole rows or columns are selected; else None."""
+        if self.lines is None or not torch.is_grad_enabled() or self.keeps_dense_gradient:
+            return None
+        if self.at_theta0:
+            return None
+        narrow = self._for_autocast()
+        dense = self.write() if narrow is None else narrow
+        return _Multiply.apply(inputs, self.values, dense, bias, self)
+
+    def take_product(self, gradient: Tensor, inputs: Tensor) -> Optional[Tensor]:
+        """The gradient of the values, from (N, out) of a layer's output and its (N, in) inputs."""
+        axis, indices = self.lines
+        sides = [gradient, inputs]
+        sides[axis] = sides[axis].index_select(1, indices)
+        product = sides[0].T @ sides[1]
+        if not self.in_place:
+            return product.to(self.values.dtype)
+        if self.values.grad is None:
+            self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
+            self.values.grad = self._buffer.copy_(product)
+        else:
+            self.values.grad.add_(product)
+        return None
+
     def _with(self, values: Tensor, bits: Optional[Tensor] = None) -> Tensor:
         """A new tensor with these values at the selected places."""
         if not self.is_partial:
@@ -257,6 +320,8 @@ class SelectedTensor:
         self._narrow = self._buffer = None
         if self._index is not None:
             self._index = self._index.to(device)
+        if self.lines is not None:
+            self.lines = self.lines._replace(indices=self.lines.indices.to(device))
         if self._packed is not None:
             self._packed = self._packed.to(device)
         if self.theta0 is not None:

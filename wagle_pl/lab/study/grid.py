@@ -29,7 +29,7 @@ from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.step_rules import StepRule
 
 #: Options that a mask may set: those of the selection by scores, and of the attribution pass.
-SELECTION = ("select", "scope", "include", "exclude")
+SELECTION = ("select", "scope", "unit", "pool", "include", "exclude")
 HESSIAN = ("hessian", "gamma", "damping", "hessian_samples", "hessian_data")
 ATTRIBUTION = (*HESSIAN, "forget_loss", "reduction")
 DEFAULTS = {
@@ -131,9 +131,10 @@ class MaskChoice:
         options = split(self.entry, self.kind)[1]
         if self.kind == "adapter":
             return {"adapter": definition(type(self.adapter()), options)}
+        single = ("unit", "pool") if self.options["unit"] == "weight" else ()  # as earlier studies
         return {
             "score": definition(type(self.score), options),
-            **self._chosen(SELECTION),
+            **self._chosen(name for name in SELECTION if name not in single),
             **self.relevant,
             "density": self.density,
             "seeded": self.seeded,
@@ -162,7 +163,7 @@ class MaskChoice:
         words = [self.score.label]
         for key, value in {**self._chosen(SELECTION), **self.relevant}.items():
             if value != DEFAULTS[key] and (key, value) != ("hessian", "scalar"):
-                is_word = isinstance(value, str) and key in ("hessian", "scope")
+                is_word = isinstance(value, str) and key in ("hessian", "scope", "unit")
                 words.append(value if is_word else f"{key}={value}")
         return " ".join(words if self.density is None else [*words, f"{self.density:g}"])
 
@@ -427,8 +428,7 @@ class Grid(NamedTuple):
         """All runs, in an order that leaves a study balanced if it is stopped early.
 
         The first seed comes for all arms before the second; within a seed, the middle learning rate
-        for all arms before the next; within these, the masks as listed. ``settings``, which all
-        runs share, are part of their ids.
+        for all arms before the next; within these, the masks as listed. Ids include ``settings``.
         """
         shared, arms = digest(settings), []
         for mask, objective in product(self.masks, self.objectives):
