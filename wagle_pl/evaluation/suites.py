@@ -145,9 +145,9 @@ class CopyrightSuite(Averages, GenericSuite):
 class DetoxSuite(Averages):
     """Detoxification (WAGLE's and SOUL's DETOX): toxicity of what the model says to prompts.
 
-    ``ue_average`` is the mean of 1 − toxicity over the sets of prompts; ``ut_average`` the mean of
-    zero-shot accuracy and TruthfulQA, which lm-evaluation-harness measures. Perplexity is reported
-    in addition.
+    ``ue_average`` is the mean of 1 − toxicity over the sets to be forgotten; ``ut_average`` the
+    mean of zero-shot accuracy and TruthfulQA, which lm-evaluation-harness measures. Perplexity is
+    reported in addition.
     """
 
     sets: ClassVar[Mapping[str, SuiteSet]] = dict.fromkeys(("prompts", "wikitext"), SuiteSet())

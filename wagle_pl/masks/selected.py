@@ -8,6 +8,8 @@ weights, in fp32 for any dtype of the model.
   changed, they are written into the dense tensor first, rounded to its dtype.
 * In the backward pass the gradient of the dense tensor is computed as always; its selected entries
   become the gradient of the values, and the rest is freed.
+* If whole rows or columns of a linear layer are selected, only their gradient is computed, from
+  those columns of the output's gradient or of the inputs.
 * So optimiser, weight decay, clipping, noise, averaging callbacks and communication hooks see only
   the values: they can neither read nor write frozen weights. A NaN reaches only selected ones.
 * Values and optimiser state are fp32 under ``bf16-true`` too, so that steps smaller than half a
