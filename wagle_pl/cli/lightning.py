@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Optional
@@ -198,6 +199,10 @@ class WagleCLI(LightningCLI):
         name = str(options.get("ckpt_path") or "")
         if name == "best" or options.get("ckpt_path") == "":
             raise WagleError("no checkpoint is the best before a run: name a file", "ckpt_path")
+        if name == "hpc" and not [*Path(self.trainer.default_root_dir).glob("hpc_ckpt_*")]:
+            raise WagleError("no job of a cluster has left a checkpoint: name a file", "ckpt_path")
+        if name.partition(":")[0] == "registry" and find_spec("litmodels") is None:
+            raise WagleError("a registry of models needs the package litmodels", "ckpt_path")
         if not name or "://" in name or name.partition(":")[0] in _NO_PATHS:
             return
         if not (path := Path(name)).is_file() and not path.is_dir():

@@ -186,7 +186,10 @@ def optimizer_and_schedule(module: FinetuneModule) -> dict[str, Any]:
         schedule = (module.warmup, module.decay, steps, module.warmup_from_zero)
         how = {"scheduler": warmup_and_decay(optimizer, *schedule), "interval": "step"}
     else:
-        scheduler = module.make_lr_scheduler(optimizer)
+        try:
+            scheduler = module.make_lr_scheduler(optimizer)
+        except (TypeError, ValueError) as error:  # of an option
+            raise WagleError(first_line(error), option="lr_scheduler") from error
         monitor = getattr(scheduler, "monitor", "train/loss")
         how = {"scheduler": scheduler, "interval": module.lr_interval, "monitor": monitor}
     return {"optimizer": optimizer, "lr_scheduler": how}
