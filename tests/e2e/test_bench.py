@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import sys
 import time
@@ -16,6 +17,8 @@ import device as counting  # noqa: F401  registered before the first backward pa
 import lightning as L
 import pytest
 import torch
+
+from wagle_pl.cli import app as cli
 
 sys.path.append(str(Path(__file__).parents[2] / "bin" / "benchmarks"))
 import accelerator
@@ -66,6 +69,14 @@ def test_sides_are_repeated_while_there_is_time(bench: common.Settings) -> None:
 
 
 # -- bin/bench device ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark silences loggers for the rest of its process."""
+    cli.quiet()
+    for library in ("lightning.pytorch", "lightning.fabric", "wagle_pl"):
+        monkeypatch.setattr(logging.getLogger(library), "setLevel", lambda level: None)
 
 
 @pytest.fixture

@@ -78,6 +78,8 @@ class SelectedTensor:
             optimisers do so.
     """
 
+    lines: Optional[Lines] = None  # whole rows or columns, if these are what is selected
+
     def __init__(
         self, parameter: nn.Parameter, packed: Optional[Tensor], masters: bool = True
     ) -> None:
@@ -89,7 +91,6 @@ class SelectedTensor:
         self.theta0: Optional[Tensor] = None
         self.dense_gradient: Optional[Tensor] = None
         self.in_place = self.at_theta0 = self.keeps_dense_gradient = False
-        self.lines: Optional[Lines] = None
         self._index: Optional[Tensor] = None
         self._packed: Optional[Tensor] = None  # of this rank's share, if the tensor is sharded
         self._rank_slice = slice(0)  # the values of this rank's share

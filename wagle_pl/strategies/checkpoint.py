@@ -214,7 +214,9 @@ class ShardedCheckpoint:
         parameters = list(parameters)
         shapes = shapes_of(parameters)
         for name in [*shapes, *self.shapes]:
-            if shapes.get(name) != self.shapes.get(name):
+            here, there = shapes.get(name, ()), self.shapes.get(name, ())
+            # values of whole rows are a matrix, and a vector under ZeRO-3
+            if here != there and (min(len(here), len(there)) != 1 or prod(here) != prod(there)):
                 raise WagleError(
                     f"checkpoint {self.path} is of another model: {name} has shape "
                     f"{self.shapes.get(name)} there, {shapes.get(name)} here"
