@@ -21,7 +21,10 @@ from wagle_pl.attribution.stored import write_scores
 from wagle_pl.attribution.sums import Shard
 from wagle_pl.attribution.units import Geometry, Units, check_unit
 from wagle_pl.core.errors import WagleError
+from wagle_pl.lm.layers import capture
+from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import unpack_bits
+from wagle_pl.masks.selected import SelectedWeights
 
 POOLS = {
     "mean": np.mean,
@@ -193,6 +196,38 @@ def test_a_unit_is_what_its_output_weights_let_through(kind: str, unit: str) -> 
                 parameter.copy_(kept[name])
         assert changed["same"] == 0
         assert changed["next"] > 1e-4
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("unit", ["row", "column", "neuron"])
+def test_gradients_within_units_are_autograds(kind: str, unit: str) -> None:
+    lm = architecture(kind)
+    shapes = {name: tuple(p.shape) for name, p in lm.named_parameters()}
+    made = Units(unit, shapes, Geometry.of(lm))
+    (chosen,) = made.choose(torch.rand(made.count).double(), [0.4], low=False)
+    mask = WeightMask({n: bits for n, (bits,) in made.select([chosen], {})}, shapes, {})
+    tokens = torch.arange(8)[None]
+    lm(tokens, labels=tokens).loss.backward()
+    expected = {name: p.grad[mask[name]] for name, p in lm.named_parameters()}
+    lm.zero_grad()
+    selected = SelectedWeights(lm, mask)
+    assert any(tensor.lines is not None for tensor in selected.tensors.values())
+    lm(tokens, labels=tokens).loss.backward()
+    for name, gradient in selected.gradients():
+        torch.testing.assert_close(gradient.view(-1), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_below_the_lowest_selected_weight_get_no_backward_pass() -> None:
+    lm = architecture("Llama")
+    shapes = {name: tuple(p.shape) for name, p in lm.named_parameters()}
+    bools = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    bools["model.layers.1.mlp.up_proj.weight"][3] = True
+    selected = SelectedWeights(lm, WeightMask.from_bools(bools))
+    with capture(lm, [0, 1]) as hidden:
+        loss = lm(torch.arange(8)[None]).logits.square().mean()
+    assert not hidden[0].requires_grad and hidden[1].requires_grad
+    loss.backward()
+    assert [name for name, _ in selected.gradients()] == ["model.layers.1.mlp.up_proj.weight"]
 
 
 def test_tensors_without_heads_have_rows() -> None:
