@@ -1,6 +1,6 @@
 """Killed at any moment, a command leaves no torn file, and a second start ends as the unbroken run.
 
-The environment variable ``WAGLE_KILLS`` sets how many commands are killed.
+The environment variable ``WAGLE_KILLS`` sets how many commands are killed; by default one of the quick ones is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wagle_pl.core.tensorfiles import TensorFile, load_plain
 from wagle_pl.evaluation.results import load_table
 from wagle_pl.unlearning.patch import make_patch
 
-KILLS = range(*map(int, os.environ.get("WAGLE_KILLS", "3").split("-")))  # how many, or FIRST-END
+KILLS = range(*map(int, os.environ.get("WAGLE_KILLS", "1-2").split("-")))  # how many, or FIRST-END
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 #: Command -> the option that lets it replace its output; None if it goes on in its folder.
 OVERWRITE = {"attribution": "--model.overwrite true", "unlearning": "--model.overwrite true"}
