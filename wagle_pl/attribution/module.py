@@ -389,7 +389,7 @@ class AttributionModule(LanguageModule):
         for label, spec in self._scores.items():
             options = {key: spec.options()[key] for key in ("score", "score_options")}
             made_by = {**metadata, **options, "absolute": not spec.score.signed}
-            made_by["geometry"] = self.collected.geometry
+            made_by["geometry"] = self.collected.geometry._asdict()
             scores, shapes = self.collected.scores(spec.score), self.collected.shapes
             path, dtype = self._scores_path(label), DTYPES[self.save_scores]
             write = partial(write_scores, scores=scores, shapes=shapes, made_by=made_by)

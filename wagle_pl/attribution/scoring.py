@@ -192,7 +192,7 @@ class Collected:
     ) -> None:
         self.sums, self.device = sums, device
         self.shapes = parameter_shapes(lm)
-        self.geometry = Geometry.of(lm)._asdict()
+        self.geometry = Geometry.of(lm)
         self._parameters = list(lm.named_parameters())
         small = sums.small()
         self.counts, self.vectors = small["counts"], small["vectors"]
@@ -314,7 +314,7 @@ def masks_of(
     shapes: Mapping[str, tuple[int, ...]],
     metadata: Mapping[str, Any],
     absolute: bool,
-    geometry: Optional[Mapping[str, Any]],
+    geometry: Optional[Geometry],
     shards: Optional[Mapping[str, Shard]] = None,
 ) -> Iterator[tuple[MaskSpec, Optional[WeightMask]]]:
     """(spec, its mask; None on ranks other than 0) of specs that differ only in density. Collective.
@@ -324,7 +324,7 @@ def masks_of(
         shapes: of all parameters.
         metadata: of the masks, besides the options of the specs.
         absolute: rank by absolute value.
-        geometry: fields of the model's :class:`~wagle_pl.attribution.units.Geometry`.
+        geometry: of the model, for heads and neurons.
         shards: the rows of this rank; all rows when None.
     """
     spec, names = specs[0], specs[0].eligible(shapes)
@@ -336,8 +336,7 @@ def masks_of(
     if spec.unit == "weight":
         selected = select_each(stream, densities, ranking, spec.scope, shards)
     else:
-        sizes = Geometry(**geometry) if geometry else None
-        units = Units(spec.unit, {name: shapes[name] for name in names}, sizes)
+        units = Units(spec.unit, {name: shapes[name] for name in names}, geometry)
         values = spec.score.of_units(units.count) if spec.score else None
         if values is None:
             values = units.pooled(stream, ranking, spec.pool, shards)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wagle_pl.attribution.scoring import MaskSpec, masks_of
 from wagle_pl.attribution.sums import Shard
+from wagle_pl.attribution.units import Geometry
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
@@ -136,6 +137,7 @@ def mask_from_scores(path: str | Path, density: float, **options: Any) -> Weight
     if spec.unit != "weight" and made_by.get("score") == "Random":
         hint = "run attribution with this unit"
         raise WagleError("random scores are not drawn for units", option="unit", hint=hint)
-    geometry, absolute = made_by.pop("geometry", None), made_by.pop("absolute", True)
+    sizes, absolute = made_by.pop("geometry", None), made_by.pop("absolute", True)
+    geometry = Geometry(**sizes) if sizes else None
     made = masks_of([spec], stored.stream, stored.shapes, made_by, absolute, geometry)
     return next(mask for _, mask in made)

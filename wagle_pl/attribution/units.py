@@ -54,7 +54,7 @@ _INTERLEAVED = ("query_key_value",)  # queries, keys and values of a head follow
 
 def check_unit(unit: str) -> None:
     """Refuse a unit that is none of :data:`UNITS`."""
-    if unit not in UNITS[:5] + UNITS[6:] and not _BLOCK.fullmatch(unit):
+    if unit not in {*UNITS} - {"block:RxC"} and not _BLOCK.fullmatch(unit):
         hint = did_you_mean(unit, UNITS)
         raise WagleError(f"must be one of {', '.join(UNITS)}, got {unit!r}", "unit", hint)
 

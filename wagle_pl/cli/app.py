@@ -25,7 +25,7 @@ EXIT_UNREAD = 141  # as in shells: 128 + SIGPIPE
 
 #: Command -> summary, the most used first.
 SUMMARIES = {
-    "quickstart": "train, attribute, unlearn and test on invented people, in about a minute",
+    "quickstart": "train, attribute, unlearn and test on invented people, in a minute or two",
     "forget": "make a model forget rows, with defaults chosen by model size",
     "fit": "fine-tune, attribute or unlearn a model, as --model says",
     "test": "measure a model: what it has forgotten, what it has kept, what attacks bring back",

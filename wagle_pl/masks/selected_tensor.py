@@ -243,9 +243,8 @@ class SelectedTensor:
 
     def multiply(self, inputs: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
         """The output of a linear layer, if whole rows or columns are selected; else None."""
-        if self.lines is None or not torch.is_grad_enabled() or self.keeps_dense_gradient:
-            return None
-        if self.at_theta0:
+        needs_all = self.lines is None or self.keeps_dense_gradient
+        if needs_all or self.at_theta0 or not torch.is_grad_enabled():
             return None
         narrow = self._for_autocast()
         dense = self.write() if narrow is None else narrow
@@ -259,12 +258,16 @@ class SelectedTensor:
         product = sides[0].T @ sides[1]
         if not self.in_place:
             return product.to(self.values.dtype)
-        if self.values.grad is None:
-            self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
-            self.values.grad = self._buffer.copy_(product)
-        else:
-            self.values.grad.add_(product)
+        self._accumulate(product, None)
         return None
+
+    def _accumulate(self, entries: Tensor, places: Places) -> None:
+        """Write entries of a tensor into the buffer of the gradient, or add them to what it holds."""
+        is_first = self.values.grad is None
+        if is_first:
+            self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
+            self.values.grad = self._buffer
+        take_(self.values.grad, entries, places, add=not is_first)
 
     def _with(self, values: Tensor, bits: Optional[Tensor] = None) -> Tensor:
         """A new tensor with these values at the selected places."""
@@ -284,11 +287,7 @@ class SelectedTensor:
             return None
         if not self.in_place:
             return self.taken(gradient, self.values.dtype, bits)
-        is_first = self.values.grad is None
-        if is_first:
-            self._buffer = torch.empty_like(self.values) if self._buffer is None else self._buffer
-            self.values.grad = self._buffer
-        take_(self.values.grad, gradient, self.places(), add=not is_first)
+        self._accumulate(gradient, self.places())
         return None
 
     def take_gradients(self) -> tuple[Optional[Tensor], Optional[Tensor]]:
