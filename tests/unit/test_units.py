@@ -282,3 +282,13 @@ def test_stored_scores_give_the_same_units(tmp_path: Any) -> None:
         mask_from_scores(folder, 0.4, unit="head")
     with pytest.raises(WagleError, match="scope: must be global with unit row, got tensor"):
         mask_from_scores(folder, 0.4, unit="row", scope="tensor")
+
+
+@pytest.mark.parametrize("broken", [{"heads": "4"}, {"neurons": 3}, {"kv_heads": None}])
+def test_a_broken_geometry_is_refused_by_its_key(tmp_path: Any, broken: dict[str, Any]) -> None:
+    geometry = Geometry(4, 2, 4, [24], False)._asdict() | broken
+    shapes = {"layers.0.w": (3, 4)}
+    scores = iter([("layers.0.w", torch.ones(3, 4))])
+    folder = write_scores(tmp_path / "s.scores", scores, shapes, {"geometry": geometry})
+    with pytest.raises(WagleError, match=f"made_by.geometry.{next(iter(broken))}"):
+        mask_from_scores(folder, 0.4, unit="head")

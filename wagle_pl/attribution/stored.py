@@ -138,6 +138,6 @@ def mask_from_scores(path: str | Path, density: float, **options: Any) -> Weight
         hint = "run attribution with this unit"
         raise WagleError("random scores are not drawn for units", option="unit", hint=hint)
     sizes, absolute = made_by.pop("geometry", None), made_by.pop("absolute", True)
-    geometry = Geometry(**sizes) if sizes else None
+    geometry = Geometry(*(sizes[name] for name in Geometry._fields)) if sizes else None
     made = masks_of([spec], stored.stream, stored.shapes, made_by, absolute, geometry)
     return next(mask for _, mask in made)

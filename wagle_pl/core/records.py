@@ -7,6 +7,16 @@ from typing import Any, Literal, Optional, TypedDict
 from wagle_pl.core.schema import Count
 
 
+class Sizes(TypedDict):
+    """Sizes of a model's heads and neurons, see ``attribution.units.Geometry``."""
+
+    heads: Count
+    kv_heads: Count
+    head_size: Count
+    neurons: list[Count]
+    transposed: bool
+
+
 class MadeBy(TypedDict):
     """How a mask or scores were made."""
 
@@ -24,7 +34,7 @@ class MadeBy(TypedDict):
     unit: Optional[str]
     units: Optional[dict[str, list[Count]]]  # layer -> units selected, units
     as_rows: Optional[list[str]]  # tensors whose rows took the place of heads or neurons
-    geometry: Optional[dict[str, Any]]  # of the model, in scores
+    geometry: Optional[Sizes]  # of the model, in scores
     passes: Optional[float]
     forget_rows: Optional[Count]
     prompts: Optional[dict[str, Any]]
