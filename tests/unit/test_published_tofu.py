@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from wagle_pl.core.text import markdown_table
 from wagle_pl.evaluation.results import load_table
 from wagle_pl.lab.study.numbers import mean_std
 from wagle_pl.lab.study.plants import overview, summarise
+from wagle_pl.lab.study.summary import compared_at
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MASKS = ("curvature^1 0.2", "dense", "wagle 0.2", "random 0.2", "lora")
@@ -99,6 +102,42 @@ def stable() -> str:
     return rows_of([[*people, *smollm2[1:]] for people, smollm2 in both])
 
 
+def same_speed() -> str:
+    """What is kept at a level that both arms reach in as many steps, and the difference."""
+    studies = []
+    for name in ("study", "study_2"):
+        rows = load_table(CONFIGS / f"tofu/results/{name}.parquet")
+        studies.append(compared_at(study(f"tofu/results/{name}"), rows, 0.4)["headline"])
+    columns = [
+        {arm["mask"]: arm for arm in arms if arm["objective"] == objective}
+        for objective in ("NPO", "GradDiff")
+        for arms in studies
+    ]
+    rows = [[m, *(f"{c[m]['mean']:.3f} ({c[m]['steps']:.0f})" for c in columns)] for m in MASKS[:2]]
+    pairs = [c["curvature^1 0.2"] for c in columns]
+    return rows_of(
+        [*rows, ["difference", *(f"+{arm['difference']:.3f} (p {arm['p']:.3f})" for arm in pairs)]]
+    )
+
+
+def test_what_the_page_says_of_single_differences() -> None:
+    """Paired, plain differences, with scipy's test."""
+    ends = {
+        (e["objective"], e["mask"], e["what"]): e["values"]
+        for e in study("tofu/results/study_forget01")["ends"]
+        if e["measure"] == "forget/probability"
+    }
+    arm, dense = (ends[("NPO", mask, "quantise_4bit")] for mask in ("curvature^1 0.2", "dense"))
+    test = ttest_rel(list(arm.values()), list(dense.values()))
+    text = (CONFIGS / "tofu/README.md").read_text(encoding="utf-8")
+    difference = np.mean(list(arm.values())) - np.mean(list(dense.values()))
+    assert f"{difference:.3f} more than dense, which is not resolved (p {test.pvalue:.3f})" in text
+    plants = {a["mask"]: a["values"] for a in study("people/results/plant_random")["headline"]}
+    arm, true = (list(plants[mask].values()) for mask in ("curvature^1 0.1", "plant"))
+    assert f"{np.mean(arm) - np.mean(true):.4f} more than the true mask" in text
+    assert f"(p {ttest_rel(arm, true).pvalue:.3f}, not resolved)" in text
+
+
 def true_masks() -> str:
     """What the plant's own mask keeps of the planted models, beside masks of scores of its size."""
     found = [
@@ -110,7 +149,8 @@ def true_masks() -> str:
         )
     ]
     masks = ("plant", "curvature^1", "random", "wagle", "dense")
-    return rows_of([[mask, *(cell(arms.get(mask)) for arms in found)] for mask in masks])
+    cells = [[f"{cell(arms[m])} ({arms[m]['steps']:.0f})" for arms in found] for m in masks]
+    return rows_of([[mask, *of_mask] for mask, of_mask in zip(masks, cells, strict=True)])
 
 
 def rounded() -> str:
@@ -134,6 +174,7 @@ def rounded() -> str:
 
 
 TABLES = {
+    "same speed": same_speed,
     "main": lambda: by_mask(("NPO", "GradDiff"), ("tofu/results/study", "tofu/results/study_2")),
     "hidden": lambda: ends(
         "people/results/study_recovery",
@@ -154,8 +195,9 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_tables_follow_from_the_runs(name: str) -> None:
-    page = (CONFIGS / "tofu/README.md").read_text(encoding="utf-8")
-    assert TABLES[name]() in page, TABLES[name]()
+    page = "tables.md" if name in ("rounded", "stable") else "README.md"
+    text = (CONFIGS / "tofu" / page).read_text(encoding="utf-8")
+    assert TABLES[name]() in text, TABLES[name]()
 
 
 def test_the_page_is_short() -> None:

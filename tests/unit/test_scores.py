@@ -153,6 +153,23 @@ def test_the_ranking_by_curvature_holds_the_best_set(seed):
     assert sorted(ranked[: len(best)]) == best
 
 
+def test_controls_of_curvature():
+    """``one`` ranks by the lowest h and needs no forget pass; ``shuffled`` has other places, the same sizes."""
+    w = A.WeightStatistics("w", torch.zeros(6, 5))
+    w.g_f, w.h_diagonal, w.h_mean = torch.randn(6, 5), torch.rand(6, 5), 0.5
+    lowest = A.Curvature(numerator="one")
+    assert lowest.needs == ("h_diagonal",) and A.Curvature.needs == ("g_f", "h_diagonal")
+    ranked = lowest(w).view(-1).argsort(descending=True)
+    assert torch.equal(ranked, w.h_diagonal.view(-1).argsort())
+    shuffled = A.Curvature(power=1.0, numerator="shuffled")
+    sizes = shuffled(w) * (w.h_diagonal + 0.05)
+    assert torch.equal(shuffled(w), shuffled(w))
+    assert not torch.allclose(sizes, w.g_f.abs())
+    assert torch.allclose(sizes.view(-1).sort().values, w.g_f.abs().view(-1).sort().values)
+    with pytest.raises(WagleError, match="numerator"):
+        A.Curvature(numerator="none")
+
+
 # -- activations -------------------------------------------------------------------------------------------------------
 
 

@@ -18,13 +18,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Optional, Union
+from typing import ClassVar, Literal, Optional, Union
 
 import torch
 from torch import Tensor
 
 from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError, WrongType, check_positive
+from wagle_pl.core.schema import check_arguments
 
 __all__ = [
     "Curvature",
@@ -230,17 +231,38 @@ class Curvature(Score):
     Args:
         damping_ratio: ε as a multiple of the mean of h over all weights.
         power: exponent of h + ε, above 0.
+        numerator: ``forget`` is |g_f|. Two controls ask what it is worth: ``shuffled``, the |g_f| of
+            a parameter in random order, and ``one``, which never sees a forget row: the lowest h.
     """
 
     by_row = True
     needs = ("g_f", "h_diagonal")
 
-    def __init__(self, damping_ratio: float = 0.1, power: float = 0.5) -> None:
+    def __init__(
+        self,
+        damping_ratio: float = 0.1,
+        power: float = 0.5,
+        numerator: Literal["forget", "shuffled", "one"] = "forget",
+    ) -> None:
         self.damping_ratio = check_positive(damping_ratio, "damping_ratio")
         self.power = check_positive(power, "power")
+        check_arguments(Curvature.__init__, {"numerator": numerator}, "")
+        self.numerator = numerator
+        if numerator == "one":
+            self.needs = ("h_diagonal",)
+        elif numerator == "shuffled":
+            self.by_row = False  # the order is that of a whole parameter
 
     def __call__(self, w: WeightStatistics) -> Tensor:
-        return w.g_f.abs().mul_((w.h_diagonal + self.damping_ratio * w.h_mean).pow_(-self.power))
+        weight = (w.h_diagonal + self.damping_ratio * w.h_mean).pow_(-self.power)
+        if self.numerator == "one":
+            return weight
+        gradients = w.g_f.abs()
+        if self.numerator == "shuffled":
+            generator = torch.Generator().manual_seed(stable_seed("shuffled", w.name))
+            order = torch.randperm(gradients.numel(), generator=generator)
+            gradients = gradients.view(-1)[order.to(gradients.device)].view_as(gradients)
+        return weight.mul_(gradients)
 
 
 class Signed(Score):
