@@ -137,7 +137,6 @@ def unbroken(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", KILLS)
 def test_a_killed_command_goes_on(
     empty_folder: None, unbroken: Any, known: Path, seed: int

@@ -1,4 +1,4 @@
-"""A real model, SmolLM2-135M-Instruct, from attribution to test. ``bin/test`` brings it; without it this skips."""
+"""A real model, SmolLM2-135M-Instruct, from attribution to test. ``bin/test --all`` brings it; else this skips."""
 
 import json
 from pathlib import Path
