@@ -236,7 +236,7 @@ class Curvature(Score):
     """
 
     by_row = True
-    needs = ("g_f", "h_diagonal")
+    needs: tuple[str, ...] = ("g_f", "h_diagonal")
 
     def __init__(
         self,
