@@ -429,11 +429,11 @@ def test_one_row_a_file_and_strings_are_rows(tmp_path: Path) -> None:
     file.write_text(json.dumps(FORGET))
     for path in (file, str(file)):
         assert rows_of(path, "forget") == (FORGET, str(file))
-    strings = ["Who is Ada?", "Ada lives in Ulm.", "“Why?”"]
-    assert rows_of(strings, "forget").rows == [
-        {"question": "Who is Ada?"},
-        {"text": "Ada lives in Ulm."},
-        {"question": "“Why?”"},
+    questions = ["Who is Ada?", "“Why?”", "„Wer ist Ada?“", "من هي آدا؟", "Ποια είναι η Άντα;"]
+    texts = ["Ada lives in Ulm.", "print(key);", "Who? Ada.", "Ada; Ulm;"]
+    assert rows_of([*questions, *texts], "forget").rows == [
+        *({"question": question} for question in questions),
+        *({"text": text} for text in texts),
     ]
 
 

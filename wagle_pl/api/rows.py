@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 Rows = Union[str, Path, Row, Iterable[Union[str, Row]], "Dataset", "pd.DataFrame"]
 
-_QUESTION_MARKS = ("?", "？", "؟", ";", "⁇")
+#: A question mark at the end, the Greek one only after a Greek letter: code ends with it, too.
+_ASKS = re.compile("(?:[?？؟⁇]|[\u0370-\u03ff\u1f00-\u1fff][;\u037e])[\\s\"'”’“»」』)\\]]*$")
 _FILE_OR_HUB_ID = re.compile(r".*\.\w{2,8}|[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -86,8 +87,7 @@ def _row(item: Union[str, Mapping[str, Any]], name: str, number: int) -> Row:
         )
     if not item.strip():
         raise WagleError(f"{name}: row {number} is empty")
-    asks = item.rstrip("\"'”’)] \n").endswith(_QUESTION_MARKS)
-    return {"question": item} if asks else {"text": item}
+    return {"question": item} if _ASKS.search(item) else {"text": item}
 
 
 # -- rows that say the same ------------------------------------------------------------------------
