@@ -83,7 +83,7 @@ MISTAKES = {
         "--model.save_scores true": "model.save_scores: must be bf16, fp32 or null; got True",
         "--model.densty 1": "model.densty: .* density",
         "--model.lr 1": "model.lr: ",
-        "--model.density nan": "model.density: ",
+        "--model.density 20%": "model.density: must be float; got 20%",
         "--model.density 1.5": "density: ",
         "--model.density 0": "density: ",
         "--model.gamma -1": "gamma: ",

@@ -43,8 +43,8 @@ def in_one_line(message: str, options: Collection[str] = ()) -> str:
         return f"{option}: {faults[-1][1]}"
     if value and re.search(_NO_CLASS, message):
         return _unknown_class(value[1], option, message)
-    kinds = r"Subtypes: \[(.*)\]" if "Subtypes: [" in message else r"Expected an? (.*)\. Got"
-    if value and (types := re.findall(kinds, message)):
+    types = re.findall(r"(?:Subtypes: \[|(?<!- )Expected an? )(.*)(?:\]|\. Got)", message)
+    if value and types:  # the last is the innermost; lists of subtypes begin with dashes
         expected = re.sub(r"<class '([\w.]+)'>", r"\1", types[-1])
         expected = re.sub(r"(?:\w+\.)+(\w+)", r"\1", expected).replace("NoneType", "null")
         if "Literal[" in expected:
