@@ -23,6 +23,30 @@ def test_the_best_set_is_a_threshold_on_the_ratio(seed: int) -> None:
     assert ratio[best].min() > ratio[others].max(initial=0.0)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_at_a_fixed_density_the_threshold_is_on_a_difference(seed: int) -> None:
+    """The k largest |g| / (h + δ) have the largest G − τH and, of sets with as large a G, the smallest H."""
+    draw = np.random.default_rng(seed)
+    gradient, h = np.abs(draw.normal(size=9)), draw.gamma(0.5, size=9) + 1e-3
+    damping, k = 0.1 * h.mean(), int(draw.integers(1, 9))
+    ratio = gradient / (h + damping)
+    top = sorted(np.argsort(-ratio)[:k])
+    tau = np.sort(ratio)[-k]
+    subsets = [list(s) for s in combinations(range(9), k)]
+    assert max(subsets, key=lambda s: gradient[s].sum() - tau * h[s].sum()) == top
+    as_far = [s for s in subsets if gradient[s].sum() >= gradient[top].sum()]
+    assert min(as_far, key=lambda s: h[s].sum()) == top
+
+
+def test_the_ratio_is_not_the_best_set_of_a_fixed_size() -> None:
+    gradient, h = np.array([1, 0.1, 0.9]), np.array([1, 0.01, 0.95])
+    trade_off = {
+        s: h[list(s)].sum() / gradient[list(s)].sum() ** 2 for s in combinations(range(3), 2)
+    }
+    assert tuple(sorted(np.argsort(-gradient / h)[:2])) == (0, 1)
+    assert round(trade_off[0, 1], 2) == 0.83 and round(trade_off[0, 2], 2) == 0.54
+
+
 def kept(runs: pd.DataFrame, level: float, steps: float) -> float:
     """Utility where forget probability is at a level in so many steps; mean over seeds."""
     utilities = []
@@ -56,6 +80,10 @@ def test_the_page_says_what_was_measured() -> None:
         others = ~found["mask"].str.startswith("curvature")
         rank = spearmanr(found.trade_off[others], found[objective][others], nan_policy="omit")
         assert round(rank.statistic, 2) == -0.60 and round(rank.pvalue, 3) == 0.017
+        rank = spearmanr(found.damage / found.gain, found[objective], nan_policy="omit")
+        assert round(rank.statistic, 2) == -0.91
+    for line in (PEOPLE / "results/trade_off_fresh.csv").read_text().splitlines()[1:]:
+        assert f"| {line.replace(',', ' | ')} |" in page
     for row in found.itertuples():
         name = row.mask.replace("gamma=1e-06", "γ=1e-6")
         kept_by = ["–" if np.isnan(v) else f"{v:.3f}" for v in (row.NPO, row.GradDiff)]
