@@ -14,12 +14,12 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.text import markdown_table
 from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.evaluation.results import load_table
+from wagle_pl.lab.study.places import plant_mask
 from wagle_pl.lab.study.plants import (
     auroc,
     locate,
     markdown,
     overview,
-    plant_mask,
     shown,
     summarise,
 )
@@ -84,6 +84,21 @@ def test_the_truth_finds_every_plant_and_chance_does_not(lm, plant):
     assert area == pytest.approx(0.5, abs=4 * (1 / 12 / n + 1 / 12 / (mask.total - n)) ** 0.5)
     spread = (mask.density * (1 - mask.density) / n) ** 0.5
     assert precision == pytest.approx(mask.density, abs=4 * spread)
+
+
+def test_a_unit_has_one_score(lm):
+    """Weights that tell nothing alone find the neurons that they are half of."""
+    shapes = parameter_shapes(lm)
+    mask = plant_mask("spread", 0.05, shapes, lm.config, seed=0)
+    half = {n: mask[n] & (torch.arange(mask[n].numel()).view(mask[n].shape) % 2 == 0) for n in mask}
+    default = MaskSpec(Knows(half), 0.5, "high", "global", "weight", "mean", include="mlp")
+    collected = Collected(lm, GradientSums(lm.named_parameters()))
+    truths = {"here": mask}
+    alone, together = (
+        locate(collected, spec, truths)["here"]
+        for spec in complete([{}, {"unit": "neuron"}], default)
+    )
+    assert alone[0] < 0.8 and together == (1.0, 1.0)
 
 
 def test_the_weights_of_each_kind(lm):

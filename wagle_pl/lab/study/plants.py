@@ -9,25 +9,22 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import lightning as L
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from wagle_pl.attribution import MaskSpec
 from wagle_pl.attribution.scoring import Collected
-from wagle_pl.attribution.selection import Ranking, exact_count, order_keys
-from wagle_pl.core.distributed import stable_seed
+from wagle_pl.attribution.selection import Ranking, order_keys
+from wagle_pl.attribution.units import Units
 from wagle_pl.core.environment import prepare_libraries, silence
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
@@ -39,6 +36,7 @@ from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Options
 from wagle_pl.lab.study import grid
 from wagle_pl.lab.study.numbers import decimals, mean_std
+from wagle_pl.lab.study.places import KINDS, plant_mask
 from wagle_pl.lab.study.references import rows_of
 from wagle_pl.lab.study.report.curves import plants_overview
 from wagle_pl.lab.study.report.figures import save_figure
@@ -55,8 +53,7 @@ from wagle_pl.lab.study.summary import Row, paired, spread
 from wagle_pl.lab.study.text import chance, duration, signed
 from wagle_pl.lm import models
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import count_bits, random_bits, unpack_bits
-from wagle_pl.masks.names import in_module, layer_of
+from wagle_pl.masks.bits import count_bits
 from wagle_pl.objectives.forget import GradDiff
 from wagle_pl.unlearning import UnlearnModule
 
@@ -65,77 +62,8 @@ COLUMNS = (
     *("plant", "seed", "score", "run", "density", "forget", "retain", "steps", "seconds"),
     *("auroc", "precision", "auroc_before", "precision_before"),
 )
-Shapes = Mapping[str, tuple[int, ...]]
-Bools = dict[str, Tensor]
-Draw = np.random.Generator
 Key = tuple[str, int]  # a plant and a seed
 Found = tuple[float, float]  # AUROC and precision
-
-
-# -- where knowledge is planted --------------------------------------------------------------------
-
-
-def plant_mask(
-    plant: str, amount: float, shapes: Shapes, config: PretrainedConfig, seed: int
-) -> WeightMask:
-    """``amount`` of one of :data:`KINDS`, drawn with a seed."""
-    draw = np.random.default_rng(stable_seed("plant", plant, seed))
-    try:
-        bools = KINDS[plant](shapes, config, draw, amount)
-    except ValueError:
-        message = f"plant {plant}: the model has not {amount} of that kind"
-        raise WagleError(message, "--plants") from None
-    zeros = {n: torch.zeros(s, dtype=torch.bool) for n, s in shapes.items() if n not in bools}
-    mask = WeightMask.from_bools({name: {**zeros, **bools}[name] for name in shapes})
-    mask.metadata |= {"score": f"plant {plant}, seed {seed}", "density": round(mask.density, 6)}
-    return mask
-
-
-def _random(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
-    """A share of all weights."""
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
-    wanted = exact_count(amount, sum(sizes.values()))
-    bits = random_bits(sizes, wanted, int(draw.integers(1 << 32)))
-    return {name: unpack_bits(bits[name], shape) for name, shape in shapes.items()}
-
-
-def _block(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
-    """The whole MLPs of a number of blocks."""
-    inside = [name for name in shapes if in_module(name, "mlp") and layer_of(name) is not None]
-    layers = sorted(set(map(layer_of, inside)))
-    chosen = set(draw.choice(layers, int(amount), replace=False).tolist())
-    return {n: torch.ones(shapes[n], dtype=torch.bool) for n in inside if layer_of(n) in chosen}
-
-
-def _heads(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
-    """The output of a number of attention heads, of any blocks: their columns of ``o_proj``."""
-    names = [n for n, s in shapes.items() if in_module(n, "o_proj") and len(s) == 2]
-    heads = config.num_attention_heads
-    bools = {name: torch.zeros(shapes[name], dtype=torch.bool) for name in names}
-    for place in draw.choice(len(names) * heads, int(amount), replace=False):
-        bools[names[place // heads]].unflatten(1, (heads, -1))[:, place % heads] = True
-    return bools
-
-
-def _spread(shapes: Shapes, config: PretrainedConfig, draw: Draw, amount: float) -> Bools:
-    """A share of the neurons of every MLP: their input and output weights."""
-    bools, chosen = {}, {}
-    for name, shape in shapes.items():
-        if not in_module(name, "mlp") or len(shape) != 2 or config.hidden_size not in shape:
-            continue
-        dim = int(shape[0] == config.hidden_size)  # along which neurons are
-        key = layer_of(name), shape[dim]
-        if key not in chosen:
-            chosen[key] = draw.choice(key[1], exact_count(amount, key[1]), replace=False)
-        bools[name] = torch.zeros(shape, dtype=torch.bool)
-        bools[name].index_fill_(dim, torch.from_numpy(chosen[key]), True)
-    if not chosen:
-        raise ValueError
-    return bools
-
-
-#: Kind of plant -> function of (shapes, configuration, generator, amount) -> tensors with some.
-KINDS = {"random": _random, "block": _block, "heads": _heads, "spread": _spread}
 
 
 # -- how well scores find it -----------------------------------------------------------------------
@@ -161,14 +89,34 @@ def auroc(
     return ((inside * below).sum(1) / (inside.sum(1) * outside.sum(1))).tolist()
 
 
+def by_weight(
+    collected: Collected, spec: MaskSpec, names: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(parameter, scores of its weights): those of their units, if units are selected."""
+    scores = collected.scores(spec.score, set(names))
+    if spec.unit == "weight":
+        yield from scores
+        return
+    units = Units(spec.unit, {name: collected.shapes[name] for name in names}, collected.geometry)
+    values = spec.score.of_units(units.count)
+    if values is None:
+        ranking = Ranking(not spec.score.signed, spec.select == "low")
+        values = units.pooled(lambda: scores, ranking, spec.pool, {})
+    for name, (rows, columns) in units.places.items():
+        yield name, values[rows[:, None] + columns].float()
+
+
 def locate(
     collected: Collected, spec: MaskSpec, truths: Mapping[Any, WeightMask]
 ) -> dict[Any, Found]:
     """How well a score finds each of some masks: AUROC, and precision: the share of the mask among
     the weights that the score would select at the mask's density (by chance, the density)."""
     masks, names = list(truths.values()), spec.eligible(collected.shapes)
-    scores = collected.scores(spec.score, set(names))
-    areas = auroc(scores, masks, Ranking(not spec.score.signed, spec.select == "low"))
+    areas = auroc(
+        by_weight(collected, spec, names),
+        masks,
+        Ranking(not spec.score.signed, spec.select == "low"),
+    )
     densities: list[Any] = [Fraction(mask.count(), mask.total) for mask in masks]
     specs = [replace(spec, density=density) for density in dict.fromkeys(densities)]
     chosen = {made.density: mask for made, mask in collected.masks(specs, {})}
