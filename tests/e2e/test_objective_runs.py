@@ -67,7 +67,7 @@ def test_any_forget_term_goes_with_any_retain_term(
     given = {"retain": retain, "retain_weight": "linear:0.5->1"}
     if objective == "RMU":
         given["layer"] = 1
-    model = ("--model.reference_logits", "top_k", "--model.gradient_checkpointing", "true")
+    model = ("--model.gradient_checkpointing", "true")
     done = wagle(*options(objective, *model, "--trainer.precision", "bf16-mixed", **given))
     assert changed(tiny_model)
     assert ("train/retain_loss" in done.trainer.logged_metrics) == (retain != "none")
@@ -121,7 +121,6 @@ def test_mistakes_end_in_one_line(
         "RMU", layer=7
     )
     assert "matches no parameter" in message("RMU", layer=1, trainable="experts")
-    assert "model.top_k: must be at least 1" in message("NPO", "--model.top_k", "0")
 
     empty, texts = tmp_path / "refusals.txt", tmp_path / "texts.jsonl"
     empty.write_text("\n")
@@ -134,8 +133,6 @@ def test_mistakes_end_in_one_line(
 @pytest.mark.parametrize("retain", ["KL", "wagle_pl.objectives.retain.KL"])
 def test_positions_of_the_retain_term(wagle: Any, fails: Any, options: Any, retain: str) -> None:
     given = {"retain": retain, "retain.positions": "batch"}
-    line = fails(*options("GradDiff", "--model.reference_logits", "top_k", **given))
-    assert "reference_logits: top_k keeps predictions of answer tokens only" in line
     done = wagle(*options("GradDiff", **given, retain_weight=100))
     assert done.trainer.callback_metrics["train/retain_loss"] > 0
     assert recorded()["objective"]["retain"]["positions"] == "batch"

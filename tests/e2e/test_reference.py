@@ -1,4 +1,4 @@
-"""θ₀ without a second model: cached sums, cached top k, and the frozen copy."""
+"""θ₀ without a second model: cached sums and the frozen copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from wagle_pl.lm.inference import Predictions, answer_places, sequence_logprobs
 from wagle_pl.unlearning import UnlearnModule
 
 OPTIONS = "--data.batch_size 4 --trainer.max_epochs 2 --optimizer MaskedAdamW --optimizer.lr 1e-3"
-TOP_K = "--model.reference_logits top_k --model.top_k"
 RETAIN_KL = "--model.objective.retain kl"
 
 
@@ -106,7 +105,7 @@ def test_the_same_weights_with_another_configuration_are_another_model(
     "options",
     [
         ("DPO",),
-        ("UNDIAL", TOP_K, "5"),
+        ("UNDIAL",),
         ("KL", RETAIN_KL, "--model.objective.forget_weight", "linear:0->1"),
         ("RandomLabel",),
     ],
@@ -126,18 +125,6 @@ def test_a_resumed_run_equals_an_unbroken_one(
         resume = ("no", "--ckpt_path", checkpoint, "--model.objective")
         message = fails(*arguments(*resume, "DPO", "--data.limit_forget", "10"))
         assert "checkpoint's run had 11 forget rows, this one has 10" in message
-        message = fails(*arguments(*resume, "NPO", RETAIN_KL, TOP_K, "64"))
-        assert "checkpoint has no reference" in message
-
-
-def test_top_k_comes_near_the_frozen_copy(unlearn: Any) -> None:
-    """With all tokens but one kept nothing is missed; with few, the end is still near."""
-    options = ("--model.objective", "UNDIAL", RETAIN_KL)
-    exact, _ = unlearn("exact", *options)
-    all_but_one, _ = unlearn("all", *options, TOP_K, "10000")
-    assert distance(all_but_one, exact) < 1e-4
-    few, _ = unlearn("few", *options, TOP_K, "64")
-    assert 1e-6 < distance(few, exact) < 0.1
 
 
 @pytest.mark.parametrize(("objective", "same"), [("DPO", True), ("PO", False)])

@@ -114,7 +114,7 @@ def test_a_model_a_mask_and_rows_may_be_objects(
         (lambda: forget("m", FORGET, RETAIN, tokenizer=3), "tokenizer: must be a text, a Path"),
         (lambda: UnlearnModule("m", lr="x"), "model.lr: must be a number or null, got 'x'"),
         (lambda: UnlearnModule("m", lr=float("nan")), "model.lr: must be a number"),
-        (lambda: UnlearnModule("m", top_k=None), "model.top_k: must be an integer, got None"),
+        (lambda: UnlearnModule("m", verify=None), "model.verify: must be"),
         (lambda: UnlearnModule("m", verify="x"), "model.verify: must be 'end', 'step' or 'off'"),
         (lambda: UnlearnModule("m", NPO(beta="x")), "objective.beta: must be a number, got 'x'"),
         (lambda: NPO(average="x"), "objective.average: must be 'rows' or 'tokens', got 'x'"),

@@ -23,6 +23,8 @@ from wagle_pl.lm.inference import (
     predict,
     sequence_logprobs,
 )
+from wagle_pl.lm.layers import blocks, capture
+from wagle_pl.lm.models import load_model
 
 VOCABULARY = 101
 CHUNK = 7 * VOCABULARY
@@ -179,3 +181,16 @@ def test_places_are_all_that_is_projected(batch: Any) -> None:
     assert largest.rows == 3 and output.logits.shape == (1, 1, VOCABULARY)
     exact = lm(**inputs).logits.log_softmax(-1)
     torch.testing.assert_close(found, exact[[2, 0, 0], [1, 2, 2], [5, 6, 7]])
+
+
+def test_hidden_states_are_those_of_the_block(tiny_model: str) -> None:
+    lm = load_model(tiny_model)
+    assert len(blocks(lm)) == 2
+    ids = torch.arange(8).view(2, 4)
+    lm(input_ids=ids, output_hidden_states=True)  # transformers leaves hooks of its own
+    before = len(blocks(lm)[0]._forward_hooks)
+    with capture(lm, (0, 1)) as hidden:
+        output = lm(input_ids=ids, output_hidden_states=True)
+    torch.testing.assert_close(hidden[0], output.hidden_states[1])
+    torch.testing.assert_close(lm.model.norm(hidden[1]), output.hidden_states[2])
+    assert len(blocks(lm)[0]._forward_hooks) == before

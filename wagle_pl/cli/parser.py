@@ -107,9 +107,9 @@ def classes_first(args: Sequence[str], classes: Collection[str]) -> list[str]:
         args: command-line arguments.
         classes: the NAMEs, with dashes; ``--NAME.OPTION`` may be a NAME too.
 
-    >>> args = ["fit", "--model.lr=2", "--config", "x", "--model", "A", "--model.top_k", "3"]
+    >>> args = ["fit", "--model.lr=2", "--config", "x", "--model", "A", "--model.warmup", "3"]
     >>> classes_first(args, {"--model"})
-    ['fit', '--config', 'x', '--model', 'A', '--model.lr=2', '--model.top_k', '3']
+    ['fit', '--config', 'x', '--model', 'A', '--model.lr=2', '--model.warmup', '3']
     """
 
     options = _with_their_values(args)

@@ -305,11 +305,9 @@ class LanguageModule(L.LightningModule):
         return {stream: self.noted(tensors) for stream, tensors in batch.items()}
 
     def noted(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """One stream's tensors with its rows, and where its answers and padding are, for which its
-        device would have to wait."""
+        """One stream's tensors, and where its answers and padding are, for which its device would
+        have to wait."""
         known: dict[str, Any] = {"places": answer_places(tensors["labels"])}
-        if "row" in tensors:
-            known["rows"] = tensors["row"].tolist()
         if "attention_mask" in tensors:
             known["padded"] = not tensors["attention_mask"].all()
         return {**tensors, **known}

@@ -114,7 +114,7 @@ class MaskFields(TypedDict):  # the digest of the run's mask, and what that was 
 
 class Reference(TypedDict):  # predictions at θ₀
     key: str
-    tensors: dict[str, Tensor]
+    logprobs: Tensor
 
 
 class WholeSums(TypedDict):  # sums of an attribution in a checkpoint of one file

@@ -1,11 +1,9 @@
 """An objective's view of a batch: the :class:`Answers` of each of its :class:`Streams`.
 
-Objectives that compare with θ₀ get its predictions in one of three ways, the cheapest first:
+Objectives that compare with θ₀ get its predictions in one of two ways, the cheaper first:
 
 * *sums* (NPO, DPO): one log-probability per row, computed once before the first step, so that no
   second model is kept;
-* *top k* (KL, UNDIAL with ``reference_logits: top_k``): the most probable tokens at each answer
-  token, :class:`TopK`, also computed once;
 * *a frozen copy* (whole predictions, and hidden states): one more forward pass per step, see
   :meth:`wagle_pl.masks.selected.SelectedWeights.at_theta0`.
 """
@@ -14,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -39,9 +37,6 @@ from wagle_pl.lm.layers import capture
 
 if TYPE_CHECKING:
     from wagle_pl.lm.module import LanguageModule
-
-    #: Module and stream -> tensors that are computed at θ₀, by name.
-    Compute = Callable[[LanguageModule, str], dict[str, Tensor]]
 
 
 @dataclass(eq=False)
@@ -64,8 +59,6 @@ class Answers:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     #: Computes the same answers at θ₀, see :attr:`theta0`.
     run_theta0: Optional[Callable[[], Answers]] = None
-    #: Stored predictions at θ₀, used instead of :attr:`theta0`, see :meth:`beside_theta0`.
-    top_k: Optional[TopK] = None
 
     @cached_property
     def token_logprobs(self) -> Tensor:
@@ -122,15 +115,8 @@ class Answers:
         return self.run_theta0()
 
     def beside_theta0(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """(N,) values of ``function``, called on chunks of n tokens: their (n, K) log-probabilities
-        at θ₀, (n, K) now, and the (n,) index of the answer token among the K.
-
-        K is the vocabulary, or with top k the stored tokens and one entry for all others.
-        """
-        if self.top_k is not None:
-            return in_chunks(
-                lambda now, *kept: function(*TopK(*kept).align(now)), self.predicted, *self.top_k
-            )
+        """(N,) values of ``function``, called on chunks of n tokens: their (n, V) log-probabilities
+        at θ₀, (n, V) now, and the (n,) answer tokens."""
         return in_chunks(
             lambda now, then, y: function(then.log_softmax(-1), now.log_softmax(-1), y),
             self.predicted,
@@ -164,8 +150,6 @@ class Streams(Mapping[str, Answers]):
     layers: Collection[int] = ()  # blocks whose output is kept
     #: Gives a context in which ``run`` runs the model at θ₀.
     theta0: Optional[Callable[[], AbstractContextManager[Any]]] = None
-    #: Stream -> stored predictions at θ₀ of each row, used instead of the copy's.
-    top_k: Mapping[str, list[TopK]] = field(default_factory=dict)
     progress: float = 0.0  # share of the run's steps that is done, 0 at the first, 1 at the last
     epoch: int = 0  # counted from 0
     logits_of: Collection[str] = ()  # streams for which a term needs logits at every position
@@ -195,9 +179,6 @@ class Streams(Mapping[str, Answers]):
         answers.rows = tensors.get("row")
         if stream in self.references:
             answers.reference = self.references[stream].to(labels.device)[answers.rows]
-        if stream in self.top_k:
-            parts = [self.top_k[stream][n] for n in tensors.get("rows") or answers.rows.tolist()]
-            answers.top_k = TopK.cat(parts).to(labels.device)
         if self.theta0 is not None:
             answers.run_theta0 = partial(ask, self.theta0)
         return answers
@@ -243,103 +224,38 @@ class Streams(Mapping[str, Answers]):
 # -- what θ₀ says ----------------------------------------------------------------------------------
 
 
-class TopK(NamedTuple):
-    """The k most probable tokens at each of N answer tokens at θ₀; the rest as one bucket.
-
-    The true token is always the first of the k. A divergence KL(π₀ ‖ π) over the k + 1 buckets is
-    the full one minus t₀ · KL of the two predictions *within* the rest, where t₀ is the probability
-    of the rest at θ₀ (the chain rule of the divergence): a lower bound.
-    """
-
-    ids: Tensor  # (N, k) int32 tokens
-    logprobs: Tensor  # (N, k) fp32, their log-probabilities
-    tail: Tensor  # (N,) fp32, log-probability of all other tokens together
-
-    @classmethod
-    def of(cls, predicted: Predictions, targets: Tensor, k: int) -> TopK:
-        """The top k, at most V − 1, of predictions of the true tokens ``targets``, (N,)."""
-        k = min(k, predicted.vocabulary - 1)
-
-        def top(logits: Tensor, true: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logprobs = logits.log_softmax(-1)
-            ids = logprobs.scatter(1, true[:, None], 1.0).topk(k, -1).indices  # the true one first
-            return ids.int(), logprobs.gather(1, ids), _outside(logprobs, ids)
-
-        return cls(*in_chunks(top, predicted, targets))
-
-    @classmethod
-    def cat(cls, parts: Iterable[TopK]) -> TopK:
-        """The answer tokens of all parts, in this order."""
-        return cls(*map(torch.cat, zip(*parts, strict=True)))
-
-    def split(self, lengths: list[int]) -> list[TopK]:
-        """Parts of these numbers of answer tokens."""
-        return [TopK(*part) for part in zip(*(t.split(lengths) for t in self), strict=True)]
-
-    def to(self, device: torch.device | str) -> TopK:
-        return TopK(*(tensor.to(device) for tensor in self))
-
-    def align(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What :meth:`Answers.beside_theta0` gives its function, for (N, V) logits of now."""
-        logprobs, ids = logits.log_softmax(-1), self.ids.long()
-        reference = torch.cat([self.logprobs, self.tail[:, None]], -1)
-        current = torch.cat([logprobs.gather(1, ids), _outside(logprobs, ids)[:, None]], -1)
-        return reference, current, ids.new_zeros(len(ids))
-
-
-def _outside(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """(N,) log-probability of all tokens except ``ids``, without cancellation."""
-    others = logprobs.scatter(1, ids, -torch.inf)
-    none = (others == -torch.inf).all(-1)  # where logsumexp has no gradient
-    return others.masked_fill(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
-
-
 class References:
-    """Sums and top k of a run, computed before its first step and kept in checkpoints."""
+    """Sums of a run at θ₀, computed before its first step and kept in checkpoints."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # stream -> (rows,) summed log-probabilities at θ₀
-        self.top_k: dict[str, list[TopK]] = {}  # stream -> predictions at θ₀ of each row
-        self._stored: dict[str, dict[str, Any]] = {}
+        self._stored: dict[str, dict[str, Any]] = {}  # stream -> ``key`` and ``logprobs``
         self._resumed = False
 
-    def prepare(
-        self, module: LanguageModule, sums: Collection[str], top_k: Collection[str], k: int
-    ) -> None:
-        """Take the sums and the top k of some streams from the checkpoint, or compute them.
-        Collective.
+    def prepare(self, module: LanguageModule, streams: Collection[str]) -> None:
+        """Take the sums of some streams from the checkpoint, or compute them. Collective.
 
         Raises:
             WagleError: if a checkpoint has those of other data, or none although θ₀ is gone.
         """
-        for stream in sums:
-            tensors = self._tensors(module, stream, "sum", _sums)
-            self.sums[stream] = tensors["logprobs"].to(module.device)
-        for stream in top_k:
-            tensors = self._tensors(module, stream, f"top {k} of rows", partial(_top_k, k=k))
-            together = TopK(*(tensors[name] for name in TopK._fields))
-            self.top_k[stream] = together.split(tensors["lengths"].tolist())
-
-    def _tensors(
-        self, module: LanguageModule, stream: str, kind: str, compute: Compute
-    ) -> dict[str, Tensor]:
-        key, name = _digest(module, stream, kind), f"{stream} {kind}"
-        if name not in self._stored:
-            if self._resumed:
+        for stream in streams:
+            key = _digest(module, stream)
+            if stream not in self._stored:
+                if self._resumed:
+                    raise WagleError(
+                        f"the checkpoint has no reference log-probabilities of the {stream} rows, "
+                        "and the model has moved since: start the run anew"
+                    )
+                self._stored[stream] = {"key": key, "logprobs": _sums(module, stream)}
+            elif self._stored[stream]["key"] != key:
                 raise WagleError(
-                    f"the checkpoint has no reference log-probabilities of the {stream} rows, and "
-                    "the model has moved since: start the run anew"
+                    f"the checkpoint's reference probabilities of the {stream} rows are of other "
+                    "data, another model or precision: resume with what the run began with"
                 )
-            self._stored[name] = {"key": key, "tensors": compute(module, stream)}
-        elif self._stored[name]["key"] != key:
-            raise WagleError(
-                f"the checkpoint's reference probabilities of the {stream} rows are of other data, "
-                "another model or precision: resume with what the run began with"
-            )
-        return self._stored[name]["tensors"]
+            self.sums[stream] = self._stored[stream]["logprobs"].to(module.device)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """What was used, by stream and kind, so that a resumed run does not need θ₀."""
+        """What was used, by stream, so that a resumed run does not need θ₀."""
         return self._stored
 
     def load_state_dict(self, state: Mapping[str, dict[str, Any]]) -> None:
@@ -348,49 +264,28 @@ class References:
         self._resumed = True
 
 
-def _sums(module: LanguageModule, stream: str) -> dict[str, Tensor]:
-    """``logprobs``, (rows,) float32: summed per row, at the current weights. Collective."""
-    sums = _of_rows(module, stream, lambda answers: answers.logprob.tolist())
-    return {"logprobs": torch.tensor(sums)}
-
-
-def _top_k(module: LanguageModule, stream: str, k: int) -> dict[str, Tensor]:
-    """Fields of :class:`TopK` at the current weights, for all answers, and the ``lengths`` of
-    these, on the CPU. Collective."""
-
-    def of_batch(answers: Answers) -> list[TopK]:
-        together = TopK.of(answers.predicted, answers.targets, k).to("cpu")
-        return together.split(answers.length.tolist())
-
-    rows = _of_rows(module, stream, of_batch)
-    lengths = torch.tensor([len(row.tail) for row in rows])
-    return {**TopK.cat(rows)._asdict(), "lengths": lengths}
-
-
-def _of_rows(
-    module: LanguageModule, stream: str, of_batch: Callable[[Answers], list[Any]]
-) -> list[Any]:
-    """What ``of_batch`` returns for each row of a stream, without dropout; ranks share the rows."""
-    of_row: dict[int, Any] = {}
+def _sums(module: LanguageModule, stream: str) -> Tensor:
+    """(rows,) float32, summed log-probability of each answer of a stream at the current weights,
+    without dropout; ranks share the rows. Collective."""
+    sums: dict[int, float] = {}
     context = module.trainer.precision_plugin.forward_context()
     with evaluating(module.lm), torch.no_grad(), context:
         for batch in module.data.stream_loader(stream, shared=True):
             tensors = {name: tensor.to(module.device) for name, tensor in batch[stream].items()}
-            values = of_batch(
-                Streams({stream: tensors}, partial(forward_answers, module.lm), {})[stream]
-            )
-            of_row.update(zip(tensors["row"].tolist(), values, strict=True))
-    of_row = dict(distributed.all_gather(of_row.items()))
-    return [of_row[row] for row in range(len(of_row))]
+            at = Streams({stream: tensors}, partial(forward_answers, module.lm), {})
+            rows, values = tensors["row"].tolist(), at[stream].logprob.tolist()
+            sums.update(zip(rows, values, strict=True))
+    sums = dict(distributed.all_gather(sums.items()))
+    return torch.tensor([sums[row] for row in range(len(sums))])
 
 
-def _digest(module: LanguageModule, stream: str, kind: str) -> str:
+def _digest(module: LanguageModule, stream: str) -> str:
     """A hash of what a stream's predictions depend on: model, precision, and the rows' tokens."""
     tokens: dict[int, str] = {}
     for batch in module.data.stream_loader(stream):
         columns = (batch[stream][c] for c in ("row", "input_ids", "labels", "attention_mask"))
         for row, ids, labels, mask in zip(*columns, strict=True):
             tokens[int(row)] = json.dumps([ids[mask > 0].tolist(), labels[mask > 0].tolist()])
-    text = f"{module.model_fingerprint} {stream} {module.trainer.precision} {kind}"
+    text = f"{module.model_fingerprint} {stream} {module.trainer.precision}"
     text += "".join(tokens[row] for row in range(len(tokens)))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -60,10 +60,6 @@ class UnlearnModule(FinetuneModule):
             weights, or of ``all``, as in WAGLE's code (keeps dense gradients; not under ZeRO).
         verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after
             each ``step``, or never (``off``).
-        reference_logits: where predictions at θ₀ come from (for ``KL``, ``UNDIAL``, retain ``kl``):
-            ``frozen_copy`` is exact, and takes a forward pass per step and a copy of the
-            selected weights; ``top_k`` computes them once, and keeps the most probable tokens.
-        top_k: number of tokens that ``reference_logits: top_k`` keeps.
     """
 
     task = "unlearning"
@@ -81,8 +77,6 @@ class UnlearnModule(FinetuneModule):
         adapter: Optional[Union[LoRA, str]] = None,
         clip_scope: Literal["selected", "all"] = "selected",
         verify: Literal["end", "step", "off"] = "end",
-        reference_logits: Literal["frozen_copy", "top_k"] = "frozen_copy",
-        top_k: int = 64,
         **kwargs: Any,
     ) -> None:
         check_arguments(UnlearnModule.__init__, locals(), "model.")
@@ -104,16 +98,6 @@ class UnlearnModule(FinetuneModule):
             )
         self.clip_scope = clip_scope
         self.verify = verify
-        if top_k < 1:
-            raise WagleError(f"model.top_k: must be at least 1, got {top_k}")
-        if reference_logits == "top_k" and self.objective.whole_streams:
-            raise WagleError(
-                "reference_logits: top_k keeps predictions of answer tokens only, and a term of the "
-                "objective needs those of every position: choose --model.reference_logits "
-                "frozen_copy"
-            )
-        self.reference_logits = reference_logits
-        self.top_k = top_k
         self._batches: list[Batch] = []
         self._terms: Optional[TermGradients] = None  # while the weights are selected
         self._references = References()
@@ -184,10 +168,7 @@ class UnlearnModule(FinetuneModule):
     def select_weights(self, **options: Any) -> None:
         """Make the selected weights the parameters, and keep θ₀ if a term needs it."""
         if self._needs_theta0 and self.sharded:
-            raise WagleError(
-                "a frozen copy of the model does not work under ZeRO-3; use another stage, or "
-                "--model.reference_logits top_k if no hidden states are needed"
-            )
+            raise WagleError("a frozen copy of θ₀ does not work under ZeRO-3; use another stage")
         bounded = self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value"
         dense = self.clip_scope == "all" and self.mask is not None and bool(bounded)
         options = {"keep_theta0": self._needs_theta0, "keep_dense_gradients": dense, **options}
@@ -218,8 +199,7 @@ class UnlearnModule(FinetuneModule):
     @property
     def _needs_theta0(self) -> bool:
         """Whether a term needs whole predictions, or hidden states, at θ₀."""
-        exact = bool(self.objective.theta0_streams) and self.reference_logits == "frozen_copy"
-        return exact or self.objective.needs_hidden_at_theta0
+        return bool(self.objective.theta0_streams) or self.objective.needs_hidden_at_theta0
 
     def on_fit_start(self) -> None:
         """Take digests of frozen weights, try the objective, and compute the references at θ₀."""
@@ -227,8 +207,7 @@ class UnlearnModule(FinetuneModule):
         if self.mask is not None and self.verify != "off":
             self._frozen = FrozenWeights(self.mask, self.selected.weights())
         self._try_objective()
-        top_k = self.objective.theta0_streams if self.reference_logits == "top_k" else ()
-        self._references.prepare(self, self.objective.references, top_k, self.top_k)
+        self._references.prepare(self, self.objective.references)
 
     def _try_objective(self) -> None:
         """Compute the objective on two rows, to see its shape before computing the references."""
@@ -260,7 +239,6 @@ class UnlearnModule(FinetuneModule):
             batch,
             self._references.sums,
             self.selected.at_theta0 if self._needs_theta0 else None,
-            top_k=self._references.top_k,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
             epoch=self.current_epoch,
             propagate={name: partial(self._terms.propagate, name) for name in self._by_term},
