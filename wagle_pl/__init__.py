@@ -11,15 +11,13 @@ if TYPE_CHECKING:
         CopyrightDataModule,
         DetoxDataModule,
         ForgetRetainDataModule,
-        KnowUnDoDataModule,
-        LUMEDataModule,
         MUSEDataModule,
         PeopleDataModule,
-        RWKUDataModule,
         TOFUDataModule,
         WMDPDataModule,
     )
     from wagle_pl.evaluation import Evaluate, EvaluationModule, Suite
+    from wagle_pl.lab.benchmarks import KnowUnDoDataModule, LUMEDataModule, RWKUDataModule
     from wagle_pl.masks import WeightMask
     from wagle_pl.objectives import Objective
     from wagle_pl.strategies import ZeRO
@@ -36,13 +34,13 @@ _HOME = {
     "FinetuneModule": "unlearning",
     "Forgotten": "api",
     "ForgetRetainDataModule": "data",
-    "KnowUnDoDataModule": "data",
-    "LUMEDataModule": "data",
+    "KnowUnDoDataModule": "lab.benchmarks",
+    "LUMEDataModule": "lab.benchmarks",
     "LoRA": "unlearning",
     "MUSEDataModule": "data",
     "Objective": "objectives",
     "PeopleDataModule": "data",
-    "RWKUDataModule": "data",
+    "RWKUDataModule": "lab.benchmarks",
     "Score": "attribution",
     "Suite": "evaluation",
     "TOFUDataModule": "data",

@@ -32,6 +32,7 @@ from wagle_pl.core import distributed
 from wagle_pl.core.environment import trainer_errors
 from wagle_pl.core.errors import WagleError, causes, first_line
 from wagle_pl.core.files import absent, check_writable
+from wagle_pl.core.registry import import_further
 from wagle_pl.core.schema import check
 from wagle_pl.core.stopping import SIGNALS, Stopped, install, say
 from wagle_pl.core.tensorfiles import load_plain
@@ -66,6 +67,7 @@ class WagleCLI(LightningCLI):
 
     def __init__(self, args: Optional[Sequence[str]] = None, **options: Any) -> None:
         _check_launcher()
+        import_further("LightningDataModule")
         args = [*(sys.argv[1:] if args is None else args)]
         commands = self.subcommands()
         if args[:1] and args[0] in commands:  # no parser is built for the others

@@ -12,7 +12,11 @@ from wagle_pl.core.errors import WagleError, first_line
 
 T = TypeVar("T")
 #: Name of a base class -> module with more of its subclasses, imported once one is asked for.
-FURTHER = {"Attack": "wagle_pl.lab.attacks"}
+FURTHER = {
+    "Attack": "wagle_pl.lab.attacks",
+    "LightningDataModule": "wagle_pl.lab.benchmarks",
+    "Suite": "wagle_pl.lab.benchmarks",
+}
 Entry = Union[str, Mapping[str, Any]]
 
 
@@ -70,7 +74,7 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     """
     cls = _by_short_name(base, name)
     if cls is None and base.__name__ in FURTHER:
-        importlib.import_module(FURTHER[base.__name__])
+        import_further(base.__name__)
         cls = _by_short_name(base, name)
     if cls is None and "." in name:
         module, _, attribute = name.rpartition(".")
@@ -86,6 +90,11 @@ def find_class(base: type[T], name: str, option: str, also: Collection[str] = ()
     choices = f"choose one of {', '.join(names)}, or a class path"
     hint = did_you_mean(name, names)
     raise WagleError(f"{option}: unknown name {name!r}; {choices}" + (f": {hint}" if hint else ""))
+
+
+def import_further(base: str) -> None:
+    """Make the laboratory's subclasses of a class known by their names."""
+    importlib.import_module(FURTHER[base])
 
 
 def _by_short_name(base: type[T], name: str) -> Any:

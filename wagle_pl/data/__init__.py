@@ -8,7 +8,6 @@ from wagle_pl.data.benchmarks import (
     WMDPDataModule,
 )
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.more_benchmarks import KnowUnDoDataModule, LUMEDataModule, RWKUDataModule
 from wagle_pl.data.people import PeopleDataModule
 from wagle_pl.data.suite import SuiteDataModule
 
@@ -16,11 +15,8 @@ __all__ = [
     "CopyrightDataModule",
     "DetoxDataModule",
     "ForgetRetainDataModule",
-    "KnowUnDoDataModule",
-    "LUMEDataModule",
     "MUSEDataModule",
     "PeopleDataModule",
-    "RWKUDataModule",
     "SuiteDataModule",
     "TOFUDataModule",
     "WMDPDataModule",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -212,62 +210,6 @@ def _rouge_scorer(stem: bool) -> Callable[[str, str], Any]:
 
     # intervals score the same rows again and again
     return lru_cache(maxsize=50_000)(RougeScorer(["rouge1", "rougeL"], use_stemmer=stem).score)
-
-
-def word_rouge_recall(prediction: str, target: str) -> float:
-    """ROUGE-L recall as in the package ``rouge`` (pltrdy's): words are unchanged, sentences end at
-    full stops, and it is the share of the target's distinct words that are in a longest common
-    subsequence of any two sentences.
-
-    >>> word_rouge_recall("He wrote it. In Maine", "It was in Maine.")
-    0.25
-    """
-    generated, wanted = (
-        [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
-        for text in (prediction, target)
-    )
-    pairs = ((x, y) for x in wanted for y in generated)
-    common = {word for pair in pairs for word in _common_subsequence(*pair)}
-    return len(common) / max(1, len({word for sentence in wanted for word in sentence}))
-
-
-def _common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """A longest common subsequence; if there are several, the one that ``rouge`` finds."""
-    lengths = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
-    for i, j in product(range(len(x)), range(len(y))):
-        longest = max(lengths[i][j + 1], lengths[i + 1][j])
-        lengths[i + 1][j + 1] = lengths[i][j] + 1 if x[i] == y[j] else longest
-    i, j, words = len(x), len(y), []
-    while i and j:
-        if x[i - 1] == y[j - 1]:
-            i, j = i - 1, j - 1
-            words.append(x[i])
-        elif lengths[i - 1][j] > lengths[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return words
-
-
-def answer_words(text: str) -> list[str]:
-    """Words of an answer in small letters, without punctuation and articles (SQuAD's script)."""
-    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
-
-
-def answer_f1(prediction: str, targets: Sequence[str]) -> float:
-    """The highest F1 of the words in common with a target (SQuAD, arXiv 1606.05250).
-
-    >>> answer_f1("The Rim of Fire!", ["Pacific", "Ring of Fire"])
-    0.6666666666666666
-    """
-    predicted, scores = answer_words(prediction), []
-    for words in map(answer_words, targets):
-        common = (Counter(predicted) & Counter(words)).total()
-        # two empty texts agree
-        total = len(predicted) + len(words)
-        scores.append(2 * common / total if predicted and words else predicted == words)
-    return float(max(scores))
 
 
 def bleu(predictions: Sequence[str], targets: Sequence[str]) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -122,12 +120,6 @@ def _perplexity(rows: Records, counts: Tensor) -> float:
     return torch.exp(total / counts.sum()).item()
 
 
-@measure("perplexity", "lower", "higher", needs={"answer"})
-def row_perplexity(rows: Records) -> float:
-    """Exp of the mean over rows of a token's mean negative log-likelihood (KnowUnDo)."""
-    return math.exp(F.mean(rows.numbers("nll"), "answers"))
-
-
 @measure("share, 0 to 1", "higher", "lower", needs={"answer", "alternatives"})
 def accuracy(rows: Records) -> float:
     """Right option is the likeliest.
@@ -149,24 +141,6 @@ def accuracy_norm(rows: Records) -> float:
     """Right choice's text is the likeliest per token."""
     labels = torch.tensor(rows.column("label"))
     return F.mean(F.choice_accuracy(-ragged(rows.column("choice_nll")), labels), "choices")
-
-
-@measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
-def mc1(rows: Records) -> float:
-    """Right choice's text is likelier than those of all wrong ones (TruthfulQA's MC1)."""
-    hits = []
-    for logprobs, label, right in rows.choices_and_right():
-        wrong = [logprob for i, logprob in enumerate(logprobs) if i not in right]
-        hits.append(float(logprobs[label] > max(wrong, default=-math.inf)))
-    return F.mean(torch.tensor(hits), "choices")
-
-
-@measure("share, 0 to 1", "higher", "lower", needs={"choice_texts"})
-def mc2(rows: Records) -> float:
-    """Probability of the right choices' texts, as a share of all choices' (TruthfulQA's MC2)."""
-    rows_and_right = ((torch.tensor(row), right) for row, _, right in rows.choices_and_right())
-    shares = [logprobs.double().softmax(-1)[right].sum() for logprobs, right in rows_and_right]
-    return F.mean(torch.stack(shares), "choices")
 
 
 # -- generations ---------------------------------------------------------------------------------
@@ -228,7 +202,7 @@ def bleu(rows: Records) -> float:
     return F.mean(F.bleu(rows.column("generation"), rows.column("answer")), "generations")
 
 
-def _of_rows(
+def of_rows(
     values: Callable[[Records], list[Any]], lower: bool = False
 ) -> Callable[[Callable[[Any], float]], Callable[[Any], float]]:
     """Register a function of one of these values, of a row each: the measure is its mean over the
@@ -246,42 +220,10 @@ def _of_rows(
     return register
 
 
-@_of_rows(Records.answered)
+@of_rows(Records.answered)
 def contains_answer(row: tuple[str, list[str]]) -> bool:
     """Generation contains the answer (WAGLE's accuracy)."""
     return row[1][0].lower() in row[0].lower()
-
-
-@_of_rows(Records.answered)
-def exact_match(row: tuple[str, list[str]]) -> bool:
-    """Generation equals the answer, ignoring case and surrounding white space (LUME)."""
-    return row[0].strip().lower() == row[1][0].strip().lower()
-
-
-@_of_rows(Records.answered)
-def word_rouge(row: tuple[str, list[str]]) -> float:
-    """ROUGE-L recall of the generation by the package ``rouge`` (RWKU)."""
-    return F.word_rouge_recall(row[0], row[1][0])
-
-
-@_of_rows(Records.answered)
-def answer_f1(row: tuple[str, list[str]]) -> float:
-    """F1 of the generation's words with the nearest right answer's (TriviaQA, as in RWKU)."""
-    return F.answer_f1(*row)
-
-
-@_of_rows(Records.answered)
-def answer_match(row: tuple[str, list[str]]) -> bool:
-    """Right answer, ignoring case, punctuation and articles (TriviaQA's EM, as in RWKU)."""
-    return F.answer_words(row[0]) in map(F.answer_words, row[1])
-
-
-@_of_rows(Records.answered)
-def final_answer(row: tuple[str, list[str]]) -> float:
-    """Right answer, ignoring case, punctuation and articles, after ``the answer is`` (BBH, as in
-    RWKU), or as the whole generation if it lacks these words."""
-    match = re.search(r"[tT]he answer is (.*?)\.", row[0])
-    return answer_match((match[1] if match else row[0], row[1]))
 
 
 @measure("score, 0 to 1", "lower", needs={"generation"})
@@ -296,7 +238,7 @@ def toxic_rate(rows: Records) -> float:
     return F.mean((rows.toxicities() > 0.5).double(), "generations")
 
 
-@_of_rows(Records.generations, lower=True)
+@of_rows(Records.generations, lower=True)
 def repetition(text: str) -> float:
     """4-grams of the generations that are repeated."""
     return F.repetition(text)
@@ -308,13 +250,13 @@ def fluency(rows: Records) -> float:
     return mean_defined(F.ngram_entropy, rows.generations())
 
 
-@_of_rows(lambda rows: rows.column("generation"), lower=True)
+@of_rows(lambda rows: rows.column("generation"), lower=True)
 def degenerate(text: str) -> bool:
     """Generations that are empty, without letters, or mostly repetition."""
     return F.degenerate(text)
 
 
-@_of_rows(lambda rows: rows.column("generation"), lower=True)
+@of_rows(lambda rows: rows.column("generation"), lower=True)
 def empty(text: str) -> bool:
     """Generations that are empty."""
     return not text

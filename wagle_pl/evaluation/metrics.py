@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
+from wagle_pl.core.registry import import_further
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.records import MEASURES, Observations, Records, Value
 from wagle_pl.evaluation.suites import Suite, find_suite
@@ -190,11 +191,14 @@ def suite_metrics(
 
 
 def __getattr__(name: str) -> type[MeasureMetric]:
-    for measure in () if name.startswith("_") else MEASURES:
-        if class_name(measure) == name:
-            return metric_class(measure)
+    if not name.startswith("_"):
+        import_further("Suite")  # whose measures are registered with it
+        for measure in MEASURES:
+            if class_name(measure) == name:
+                return metric_class(measure)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
+    import_further("Suite")
     return sorted({*globals(), *map(class_name, MEASURES)})

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Optional, Union
 
@@ -236,13 +236,6 @@ class Records:
         """(N,) the generation of each row, and its answer and other right ones."""
         rows = zip(self.column("generation"), self.column("answer"), self.table, strict=True)
         return [(text, [right, *(row.get("answer_aliases") or ())]) for text, right, row in rows]
-
-    def choices_and_right(self) -> Iterator[tuple[list[float], int, list[int]]]:
-        """Log-probabilities of each row's choices, its label, the indices of all right ones."""
-        for logprobs, label, record in zip(
-            self.column("choice_text_logprobs"), self.column("label"), self.table, strict=True
-        ):
-            yield logprobs, label, record.get("right_choices") or [label]
 
     def scored_texts(self) -> list[str]:
         """(N,) the texts whose likelihood is known: answers, continuations, texts."""

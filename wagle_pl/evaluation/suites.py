@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Collection, Mapping, Sequence
-from itertools import product
 from typing import ClassVar, Union
 
 from wagle_pl.core.registry import resolve
@@ -13,18 +11,13 @@ from wagle_pl.evaluation.measures import GENERATED, MEMORISATION
 from wagle_pl.evaluation.membership import (
     MEMBERSHIP_NEEDS,
     MORE_MEMBERSHIP,
-    SCORES,
     membership,
-    min_k_plus_plus_scores,
-    min_k_scores,
 )
 from wagle_pl.evaluation.openunlearning import FORMS
 from wagle_pl.evaluation.records import (
-    MEASURES,
     Observations,
     Records,
     Value,
-    attempt,
     defined,
     measure,
     needs_of,
@@ -161,139 +154,6 @@ class DetoxSuite(Averages):
     def listed(self, seen: Observations, name: str) -> Sequence[str]:
         prompted = self.prompted if name.startswith("prompts") else ()
         return [*dict.fromkeys((*super().listed(seen, name), *prompted))]
-
-
-# -- KnowUnDo, LUME and RWKU: a table of measures each -------------------------------------------
-
-
-class KnowUnDoSuite(Suite):
-    """KnowUnDo (arXiv 2407.01920), as in its ``run_eval_lora.py``: in percent, the accuracy of the
-    likeliest next token on an answer of ``retain``, averaged over rows (``retention_success``), and
-    100 minus that of ``forget`` (``unlearn_success``). Its perplexity is ``row_perplexity``."""
-
-    sets: ClassVar[Mapping[str, SuiteSet]] = dict.fromkeys(
-        ("forget", "retain"), SuiteSet(("exact_memorization", "row_perplexity"))
-    )
-    overall = ("unlearn_success", "retention_success")
-
-
-@measure("percent", "higher")
-def unlearn_success(seen: Observations) -> float:
-    """Tokens of the forget answers that greedy decoding gets wrong (KnowUnDo)."""
-    return 100 * (1 - MEASURES["exact_memorization"].compute(seen.records("forget")))
-
-
-@measure("percent", "higher")
-def retention_success(seen: Observations) -> float:
-    """Tokens of the retain answers that greedy decoding gets right (KnowUnDo)."""
-    return 100 * MEASURES["exact_memorization"].compute(seen.records("retain"))
-
-
-#: LUME's test sets of sentences to complete and of questions -> how each is measured.
-LUME_SETS = {
-    f"{side}_{kind}{task}": {"sc": "rougeL_recall", "qa": "exact_match"}[kind]
-    for side, kind, task in product(("forget", "retain"), ("sc", "qa"), (1, 2, 3))
-}
-
-
-class LUMESuite(Suite):
-    """LUME (arXiv 2502.15097), as in ``evaluate_generations.py`` of SemEval-2025 task 4.
-
-    Regurgitation (ROUGE-L recall, stemmed) and knowledge (exact match) on three tasks of both sets,
-    of 256 tokens generated; the loss attack between ``members`` and ``nonmembers``; MMLU of the
-    test set ``mmlu`` or of lm-evaluation-harness.
-    """
-
-    sets: ClassVar[Mapping[str, SuiteSet]] = {
-        **{
-            name: SuiteSet((measured, "degenerate"), {"generation"}, 256)
-            for name, measured in LUME_SETS.items()
-        },
-        **dict.fromkeys(("members", "nonmembers"), SuiteSet(("perplexity",))),
-        "mmlu": SuiteSet(header=MULTIPLE_CHOICE.format("{subject}")),
-    }
-
-    def measures(self, seen: Observations) -> dict[str, Value]:
-        values = super().measures(seen)
-        values |= membership(seen, "members", "nonmembers", ["mia_loss"])
-        known = values | {f"{name}/accuracy": value for name, value in seen.general.items()}
-        for compute in (task_aggregate, mia_score, final_score):
-            known[compute.__name__] = values[compute.__name__] = attempt(compute, known)
-        return values
-
-
-@measure("score, 0 to 1", "higher")
-def task_aggregate(values: Mapping[str, Value]) -> float:
-    """Harmonic mean of regurgitation and knowledge; 1 minus each for forget rows (LUME)."""
-    numbers = defined(values, *(f"{name}/{measured}" for name, measured in LUME_SETS.items()))
-    sides = zip(LUME_SETS, numbers, strict=True)
-    return statistics.harmonic_mean(1 - n if name.startswith("forget") else n for name, n in sides)
-
-
-@measure("score, 0 to 1", "higher")
-def mia_score(values: Mapping[str, Value]) -> float:
-    """1 if membership inference by loss only guesses, 0 if always right or always wrong (LUME)."""
-    return 1 - 2 * abs(defined(values, "members/mia_loss")[0] - 0.5)
-
-
-@measure("score, 0 to 1", "higher")
-def final_score(values: Mapping[str, Value]) -> float:
-    """Mean of task aggregate, membership score and MMLU (SemEval-2025 task 4)."""
-    return statistics.mean(defined(values, "task_aggregate", "mia_score", "mmlu/accuracy"))
-
-
-# RWKU's measures of a set of texts: the mean of a membership score with the opposite sign.
-
-
-@measure("nats", "higher", "lower", MEMBERSHIP_NEEDS)
-def member_loss(rows: Records) -> float:
-    """Mean log-likelihood of a token, averaged over rows (RWKU's LOSS)."""
-    return -F.mean(SCORES["loss"](rows), "texts")
-
-
-@measure("nats per byte", "higher", "lower", MEMBERSHIP_NEEDS)
-def member_zlib(rows: Records) -> float:
-    """Mean log-likelihood of a token over the text's compressed length (RWKU's Zlib)."""
-    return -F.mean(SCORES["zlib"](rows), "texts")
-
-
-@measure("nats", "higher", "lower", MEMBERSHIP_NEEDS)
-def member_min_k(rows: Records) -> float:
-    """Mean log-likelihood of the least likely 20% of tokens (RWKU's Min-K%)."""
-    return -F.mean(min_k_scores(rows, 0.2), "texts")
-
-
-@measure("standard deviations", "higher", "lower", MEMBERSHIP_NEEDS)
-def member_min_k_plus_plus(rows: Records) -> float:
-    """Mean log-likelihood of the least likely 20% of tokens, standardised by the vocabulary (RWKU's
-    Min-K%++)."""
-    return -F.mean(min_k_plus_plus_scores(rows, 0.2), "texts")
-
-
-_OF_TEXTS = ("member_loss", "member_zlib", "member_min_k", "member_min_k_plus_plus")
-_LEVELS = [f"forget_level{i}" for i in (1, 2, 3)] + [f"neighbor_level{i}" for i in (1, 2)]
-
-
-class RWKUSuite(Suite):
-    """RWKU (arXiv 2406.10890), as in its ``llmtuner/eval``, without averages.
-
-    ROUGE-L recall of 30 tokens by the package ``rouge`` on all levels; means of log-likelihood,
-    zlib ratio, Min-20% and Min-20%++ of texts on the people (``mia_forget``, to fall) and on others
-    (``mia_retain``, to stay); five abilities. Here BBH's answer is compared as a whole (its code
-    compares a text letter by letter), and n-grams are of words between white space (in its code, of
-    NLTK's tokens).
-    """
-
-    sets: ClassVar[Mapping[str, SuiteSet]] = {
-        **dict.fromkeys(_LEVELS, SuiteSet(("word_rouge", "degenerate"), max_new_tokens=30)),
-        **dict.fromkeys(("mia_forget", "mia_retain"), SuiteSet(_OF_TEXTS)),
-        "utility_general": SuiteSet(("accuracy",), {"choices"}),
-        "utility_reason": SuiteSet(("final_answer",), max_new_tokens=256),
-        "utility_truthfulness": SuiteSet(("mc1", "mc2")),
-        "utility_factuality": SuiteSet(("answer_f1", "answer_match"), max_new_tokens=30),
-        "utility_fluency": SuiteSet(("fluency",), max_new_tokens=256),
-    }
-    forget_sets = ("forget", "mia_forget")
 
 
 #: OpenUnlearning's measures of answers in other words, in addition to TOFU's.

@@ -14,6 +14,7 @@ from wagle_pl.data.example import Row
 from wagle_pl.data.rows import HubSet, read_set
 from wagle_pl.data.suite import Source, SourceRow, SuiteDataModule, choices, source_rows
 from wagle_pl.data.template import following
+from wagle_pl.evaluation.suites import MULTIPLE_CHOICE
 
 DIRECT = (
     "You are a {}-sensitive assistant. If the content requested by the user involves {}, you "
@@ -152,9 +153,6 @@ def prompted(rows: Sequence[SourceRow], kind: str = "", task: Optional[str] = No
         for answer in [following(row["input"], row["output"])]
         if row["id"][:-1].endswith(kind) and task in (None, row["task"])
     ]
-
-
-MULTIPLE_CHOICE = "The following are multiple choice questions (with answers) about {}.\n\n"
 
 
 def worked_choice(row: Row) -> str:
