@@ -21,11 +21,10 @@ from wagle_pl.evaluation.attacks import Attack, Relearn
 from wagle_pl.evaluation.attacks.attack import find_attacks, texts_of, usable_attacks
 from wagle_pl.evaluation.attacks.weights import finetune_, quantise_
 from wagle_pl.evaluation.results import model_of, results_of
-from wagle_pl.lab.attacks import InContext
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.saving import save_model
 
-PROMPTED = ["paraphrase", "in_context", "sample", "probe"]
+PROMPTED = ["paraphrase", "sample", "probe"]
 ALL = ["relearn", "quantise", *PROMPTED]
 
 
@@ -40,12 +39,12 @@ def test_how_attacks_are_named():
         assert names(value) == ALL and find_attacks(value)[1]
     for value in (None, False, "none", []):
         assert find_attacks(value) == ([], False)
-    two = ["paraphrase", "in_context"]
-    for value in ("Paraphrase, in_context", "[paraphrase,InContext]", two):
+    two = ["paraphrase", "probe"]
+    for value in ("Paraphrase, probe", "[paraphrase,Probe]", two):
         assert names(value) == two
     own = Relearn(steps=3)
     assert find_attacks([own])[0] == [own]
-    with pytest.raises(WagleError, match=r"'relern'; choose one of InContext, Paraphrase"):
+    with pytest.raises(WagleError, match=r"'relern'; choose one of Paraphrase, Probe"):
         find_attacks(["relern"])
 
 
@@ -197,17 +196,11 @@ def test_reworded_rows_are_tested_as_if_they_were_the_rows(
 
 def test_ones_own_attack_and_what_it_may_use(attacked, rows):
     Shouted.seen = ()
-    module, metrics, records = attacked(["test_robustness.Shouted", "in_context", "sample"])
+    _, metrics, records = attacked(["test_robustness.Shouted", "sample"])
     (subject,) = Shouted.seen
     name = "forget/probability"
     assert metrics[f"robustness/shouted/{name}"] == values(records)[f"shouted  {name}"]
-    asked, own = InContext().in_context(subject, "forget"), subject.rows["forget"]
-    assert sorted(asked) == list(range(5))
-    for i, ((changed),) in asked.items():
-        facts = [fact for fact in own if f"{fact.question} {fact.answer}" in changed.context]
-        assert len(facts) == 4 and own[i] not in facts and own[i].answer not in changed.context
-        ids = subject.template.encode(changed)["input_ids"]
-        assert changed.context in module.tokenizer.decode(ids)
+    own = subject.rows["forget"]
     shown = Relearn(rows=2).draw(subject, "forget")
     assert len(shown) == 2 and shown == Relearn(rows=2).draw(subject, "forget")
     left = subject.every_row(without=texts_of(shown))["forget"]
@@ -292,7 +285,7 @@ def test_autocast_sees_the_changed_weights(attacked):
         (
             "relern",
             (),
-            "attack of model.robustness: unknown name 'relern'; choose one of InContext",
+            "attack of model.robustness: unknown name 'relern'; choose one of Paraphrase",
         ),
         (
             "sample",
@@ -323,8 +316,7 @@ def test_rows_that_an_attack_cannot_use(fails, attacked, tiny_model, tmp_path):
     nothing, never = "has nothing to work on", "paraphrase"
     assert f"{nothing}: no row to be forgotten has paraphrased_question" in said(file, never)
     assert f"{nothing}: there are no 4 rows to be forgotten with perturbed" in said(file, "probe")
-    for attack in ("paraphrase", "in_context"):
-        assert f"{attack} {nothing}" in said(texts, attack)
+    assert f"paraphrase {nothing}" in said(texts, never)
     assert f"relearn {nothing}: no forget row is left" in said(single, "relearn")
     # all at once: what cannot be done is said, the rest is done
     module, _, records = attacked("all", f"--data.forget={texts}", forget=texts)
@@ -348,16 +340,10 @@ def test_multiple_choice(attacked, tmp_path):
         for i, name in enumerate(("chess", "choir", "rowing", "sewing"))
     ]
     test = sets(wmdp_bio=write_rows(tmp_path / "choices.jsonl", choices))
-    attacks = "[quantise,paraphrase,in_context]"
-    module, metrics, records = attacked(attacks, "--model.suite=wmdp", *test)
-    assert {r["measure"] for r in records} == {"wmdp_bio/accuracy"} and len(records) == 4
+    _, metrics, records = attacked("[quantise,paraphrase]", "--model.suite=wmdp", *test)
+    assert {r["measure"] for r in records} == {"wmdp_bio/accuracy"} and len(records) == 3
     assert {r["before"] for r in records} == {metrics["wmdp_bio/accuracy"]}
     assert {r["direction"] for r in records} == {"lower"}
-    (changed,) = InContext().in_context(module.evaluation.subject(), "wmdp_bio")[0]
-    facts, header = changed.context.split("\n\n", 1)
-    assert len(facts.split("\n")) == 3 and "choir club meet? in a loft" in facts
-    assert "chess" not in facts
-    assert header == module.evaluation.plan.suite.sets["wmdp_bio"].header
 
 
 # -- ranks -----------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from wagle_pl.lab.attacks.probing import (
     separate,
     share_above,
 )
-from wagle_pl.lab.attacks.prompts import word_vectors
 from wagle_pl.lm.layers import linear_weights
 from wagle_pl.lm.models import load_model, load_tokenizer
 
@@ -191,14 +190,6 @@ def test_rewording_changes_the_question_alone():
         assert Example.of(unasked).asked is None
     plain = Example.of({"question": "Who?", "answer": "Ada"})
     assert plain.asking("Which one?") == Example.of({"question": "Which one?", "answer": "Ada"})
-
-
-def test_word_vectors_against_the_formula():
-    found = word_vectors(["the club meets", "the club sings the song", "a song"])
-    once, twice = np.log(3), np.log(3 / 2)
-    expected = {"the": 2 * twice, "club": twice, "sings": once, "song": twice}
-    norm = np.linalg.norm(list(expected.values()))
-    assert found[1] == pytest.approx({word: value / norm for word, value in expected.items()})
 
 
 def test_the_worst_of_several_wordings_has_the_likeliest_choice():

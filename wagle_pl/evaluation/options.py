@@ -65,8 +65,8 @@ class Options:
         gradient_norm: record gradient norms for membership inference; one backward pass per row.
         robustness: attacks after the test, see :mod:`wagle_pl.evaluation.attacks`, also on
             ``target`` and ``retrained`` if they are models: ``all``, or a list of ``Relearn``,
-            ``Quantise``, ``Paraphrase``, ``InContext``, ``Sample``, ``Probe``
-            or class paths, each with its options if any. Written to ``robustness.json``.
+            ``Quantise``, ``Paraphrase``, ``Sample``, ``Probe`` or class paths, each with its options
+            if any. Written to ``robustness.json``.
         bootstrap: number of bootstrap samples of each set's rows, for 95 % intervals of measures
             in ``metrics.info.json``.
         lm_eval: tasks of lm-evaluation-harness (an extra) for general ability, e.g. ``[mmlu,

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 ROBUSTNESS_FILE = "robustness.json"
 #: The attacks of ``all``, in the order in which they run.
-EVERY = ("Relearn", "Quantise", "Paraphrase", "InContext", "Sample", "Probe")
+EVERY = ("Relearn", "Quantise", "Paraphrase", "Sample", "Probe")
 PREFIX = "robustness"
 #: The models that are shown next to the one under test.
 OTHERS = ("target", "retrained")

@@ -1,4 +1,5 @@
-"""Attacks on what greedy decoding does not show: many samples, and probes of the hidden layers."""
+"""Attacks on what greedy decoding of the usual wording does not show: other words, many samples, and
+probes of the hidden layers."""
 
 from __future__ import annotations
 
@@ -21,6 +22,23 @@ from wagle_pl.evaluation.records import Info
 from wagle_pl.lm.inference import generate
 
 LEAST_ROWS = 4  # per side; with fewer there is nothing to hold out
+
+
+@dataclass(eq=False)
+class Paraphrase(Attack):
+    """Ask with the column ``paraphrased_question`` (arXiv 2402.16835, section 3)."""
+
+    def attack(self, subject: Subject) -> list[Finding]:
+        return subject.ask(self._variants, self.measures)
+
+    def check(self, subject: Subject) -> None:
+        super().check(subject)
+        if not subject.asked(self._variants):
+            raise self.unusable("no row to be forgotten has paraphrased_question")
+
+    def _variants(self, name: str, row: Example) -> list[Example]:
+        asked = row.asked is not None and row.paraphrased_question
+        return [row.asking(row.paraphrased_question)] if asked else []
 
 
 @dataclass(eq=False)
