@@ -7,17 +7,17 @@ if TYPE_CHECKING:
     from wagle_pl.api import Forgotten, forget
     from wagle_pl.attribution import AttributionModule, Score
     from wagle_pl.core.errors import WagleError
-    from wagle_pl.data import (
+    from wagle_pl.data import ForgetRetainDataModule, PeopleDataModule, TOFUDataModule
+    from wagle_pl.evaluation import Evaluate, EvaluationModule, Suite
+    from wagle_pl.lab.benchmarks import (
         CopyrightDataModule,
         DetoxDataModule,
-        ForgetRetainDataModule,
+        KnowUnDoDataModule,
+        LUMEDataModule,
         MUSEDataModule,
-        PeopleDataModule,
-        TOFUDataModule,
+        RWKUDataModule,
         WMDPDataModule,
     )
-    from wagle_pl.evaluation import Evaluate, EvaluationModule, Suite
-    from wagle_pl.lab.benchmarks import KnowUnDoDataModule, LUMEDataModule, RWKUDataModule
     from wagle_pl.masks import WeightMask
     from wagle_pl.objectives import Objective
     from wagle_pl.strategies import ZeRO
@@ -27,8 +27,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AttributionModule": "attribution",
-    "CopyrightDataModule": "data",
-    "DetoxDataModule": "data",
+    "CopyrightDataModule": "lab.benchmarks",
+    "DetoxDataModule": "lab.benchmarks",
     "Evaluate": "evaluation",
     "EvaluationModule": "evaluation",
     "FinetuneModule": "unlearning",
@@ -37,7 +37,7 @@ _HOME = {
     "KnowUnDoDataModule": "lab.benchmarks",
     "LUMEDataModule": "lab.benchmarks",
     "LoRA": "unlearning",
-    "MUSEDataModule": "data",
+    "MUSEDataModule": "lab.benchmarks",
     "Objective": "objectives",
     "PeopleDataModule": "data",
     "RWKUDataModule": "lab.benchmarks",
@@ -45,7 +45,7 @@ _HOME = {
     "Suite": "evaluation",
     "TOFUDataModule": "data",
     "UnlearnModule": "unlearning",
-    "WMDPDataModule": "data",
+    "WMDPDataModule": "lab.benchmarks",
     "WagleError": "core.errors",
     "WeightMask": "masks",
     "forget": "api",

@@ -11,11 +11,11 @@ from helpers import TOFU, write_rows
 
 from wagle_pl import ForgetRetainDataModule, PeopleDataModule, TOFUDataModule, WagleError
 from wagle_pl.core.needs import Needs
-from wagle_pl.data import SuiteDataModule
 from wagle_pl.data.example import Example, parse_rows, raw_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import IGNORE, Template
+from wagle_pl.lab.benchmarks import SuiteDataModule
 from wagle_pl.lm.models import load_tokenizer
 
 QA = [{"question": "Who?", "answer": "Nobody."}, {"question": "What?", "answer": "Nothing."}]

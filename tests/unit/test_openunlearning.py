@@ -31,8 +31,9 @@ from wagle_pl.evaluation.openunlearning import (
 )
 from wagle_pl.evaluation.records import defined_only, intervals
 from wagle_pl.evaluation.results import write_json
-from wagle_pl.evaluation.suites import MUSESuite, TOFUSuite, more_of_openunlearning
+from wagle_pl.evaluation.suites import TOFUSuite, more_of_openunlearning
 from wagle_pl.evaluation.tofu_result import from_result
+from wagle_pl.lab.benchmarks.suites import MUSESuite
 
 PROMPT = "system\n\nCutting Knowledge Date: December 2023\n\nYou are a helpful assistant.user\n\n{}assistant\n\n"
 
@@ -69,7 +70,7 @@ def to_logs(
     """The file that a test with ``format: openunlearning`` writes of these records."""
     seen = Observations(tables, truth_ratio_form="openunlearning")
     suite = TOFUSuite() if benchmark == "TOFU" else MUSESuite()
-    more = more_of_openunlearning(suite, seen, "forget", "holdout")
+    more = more_of_openunlearning(suite, seen)
     return logs_of(
         benchmark, tables, defined_only(suite.measures(seen) | more) | values, scores or {}
     )
@@ -350,7 +351,7 @@ def test_more_membership() -> None:
     """Min-K shares and PPL/lower as in MUSE's get_ppl_utils.py; rel_diff as in OpenUnlearning's privacy.py."""
     tables = {"members": text_rows(0), "nonmembers": text_rows(1)}
     seen = Observations(tables)
-    found = more_of_openunlearning(MUSESuite(), seen, "members", "nonmembers")
+    found = more_of_openunlearning(MUSESuite(), seen)
     for percent in (5, 10, 20, 30, 50, 60):
         sides = [
             [-np.mean(np.sort(r["logprobs"])[: int(20 * percent / 100)]) for r in tables[name]]
@@ -363,7 +364,7 @@ def test_more_membership() -> None:
     here = MEASURES["mia_min_k"].compute(seen, "members", "nonmembers")
     seen.retrained = Results.__new__(Results)
     seen.retrained.metrics = {"members/mia_min_k": 0.4}
-    again = more_of_openunlearning(MUSESuite(), seen, "members", "nonmembers")
+    again = more_of_openunlearning(MUSESuite(), seen)
     assert again["members/rel_diff"] == pytest.approx((here - 0.4) / 0.4 * 100)
 
 
@@ -385,7 +386,7 @@ def test_answers_in_other_words() -> None:
     ]
     for record, row in zip(tables["forget"], rows, strict=True):
         record |= recalls(record["generation"], row)
-    found = more_of_openunlearning(TOFUSuite(), Observations(tables), "forget", "holdout")
+    found = more_of_openunlearning(TOFUSuite(), Observations(tables))
     wrong = np.array([r["perturbed_nll"] for r in tables["forget"]])
     right = np.array([r["paraphrased_nll"] for r in tables["forget"]])
     assert found["forget/paraphrased_probability"] == pytest.approx(np.exp(-right).mean())

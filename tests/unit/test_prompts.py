@@ -11,16 +11,18 @@ import yaml
 from helpers import LLAMA_3, write_rows
 
 from wagle_pl import ForgetRetainDataModule, TOFUDataModule, WagleError
-from wagle_pl.data import (
-    CopyrightDataModule,
-    DetoxDataModule,
-    MUSEDataModule,
-)
 from wagle_pl.data.example import Example
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.evaluation.observe import letters
 from wagle_pl.evaluation.suites import find_suite
-from wagle_pl.lab.benchmarks import KnowUnDoDataModule, LUMEDataModule, RWKUDataModule
+from wagle_pl.lab.benchmarks import (
+    CopyrightDataModule,
+    DetoxDataModule,
+    KnowUnDoDataModule,
+    LUMEDataModule,
+    MUSEDataModule,
+    RWKUDataModule,
+)
 from wagle_pl.lm.models import load_tokenizer
 from wagle_pl.masks import WeightMask
 

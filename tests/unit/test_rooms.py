@@ -23,7 +23,7 @@ SUITE = tuple(room for floor in FLOORS[:-1] for room in floor)
 PATH = ("core", "data", "masks", "lm", "objectives", "attribution", "unlearning", "strategies")
 
 #: Lines allowed, today's measure rounded up: lower them with everything that goes. Units of weights have added 500.
-LIMITS = {"path": 15_950, "suite": 24_250, "all": 29_000, "file": 450, "function": 60}
+LIMITS = {"path": 14_950, "suite": 22_780, "all": 28_780, "file": 450, "function": 60}
 AIMS = {"path": 12_000, "suite": 16_500, "all": 22_500, "file": 450, "function": 60}
 #: Files and functions that are above their aim.
 LARGE = {"file": 0, "function": 0}
@@ -71,7 +71,13 @@ def test_the_suite_finds_the_laboratory_by_name_only_in_two_places() -> None:
     """Commands and classes of the laboratory are found when a user names them."""
     naming = {str(p.relative_to(PACKAGE)) for p in SOURCES if "wagle_pl.lab" in SOURCES[p]}
     suite = {name for name in naming if not name.startswith("lab/")}
-    in_strings = {"cli/app.py", "cli/mask.py", "core/registry.py", "evaluation/attacks/__init__.py"}
+    in_strings = {
+        "__init__.py",
+        "cli/app.py",
+        "cli/mask.py",
+        "core/registry.py",
+        "evaluation/attacks/__init__.py",
+    }
     assert suite <= in_strings, suite - in_strings
 
 

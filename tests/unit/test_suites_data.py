@@ -9,18 +9,27 @@ from benchmark_folders import ALICE, BLUE, CHOICES, QA, TEXTS, WIKI, write_lines
 from helpers import TOFU, write_rows
 
 from wagle_pl import WagleError
-from wagle_pl.data import (
-    CopyrightDataModule,
-    DetoxDataModule,
-    MUSEDataModule,
-    WMDPDataModule,
-)
 from wagle_pl.data.example import Example, raw_rows
-from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set
-from wagle_pl.data.suite import chunk_rows, chunk_text, continuation
+from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import IGNORE, Template
 from wagle_pl.evaluation import find_suite
-from wagle_pl.lab.benchmarks import KnowUnDoDataModule, LUMEDataModule, RWKUDataModule
+from wagle_pl.lab.benchmarks import (
+    CopyrightDataModule,
+    DetoxDataModule,
+    KnowUnDoDataModule,
+    LUMEDataModule,
+    MUSEDataModule,
+    RWKUDataModule,
+    WMDPDataModule,
+)
+from wagle_pl.lab.benchmarks.table import (
+    HubSet,
+    chunk_rows,
+    chunk_text,
+    continuation,
+    local_files,
+    read_set,
+)
 from wagle_pl.lm.models import load_tokenizer
 
 REAL_LUME = TOFU.parent / "lume"

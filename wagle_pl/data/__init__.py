@@ -1,23 +1,7 @@
-"""From rows to tokens to paired batches; one LightningDataModule per benchmark."""
+"""From rows to tokens to paired batches."""
 
-from wagle_pl.data.benchmarks import (
-    CopyrightDataModule,
-    DetoxDataModule,
-    MUSEDataModule,
-    TOFUDataModule,
-    WMDPDataModule,
-)
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.data.people import PeopleDataModule
-from wagle_pl.data.suite import SuiteDataModule
+from wagle_pl.data.tofu import TOFUDataModule
 
-__all__ = [
-    "CopyrightDataModule",
-    "DetoxDataModule",
-    "ForgetRetainDataModule",
-    "MUSEDataModule",
-    "PeopleDataModule",
-    "SuiteDataModule",
-    "TOFUDataModule",
-    "WMDPDataModule",
-]
+__all__ = ["ForgetRetainDataModule", "PeopleDataModule", "TOFUDataModule"]

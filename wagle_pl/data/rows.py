@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Optional, TypeVar, Union
 
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
@@ -46,7 +46,7 @@ def load_rows(source: str, split: Optional[str] = None, limit: Optional[int] = N
         raise WagleError(f"{why} nor a hub dataset 'owner/name'")
     else:
         name, _, config = source.partition(":")
-        rows = read_hub(HubSet(name, config or None, split or "train"), limit)
+        rows = read_hub(name, config or None, split or "train", limit=limit)
     if not rows:
         raise WagleError(f"data file {source} has no rows")
     return rows
@@ -142,71 +142,24 @@ def _read_csv(path: Path) -> list[Row]:
     return table.to_pylist()
 
 
-class HubSet(NamedTuple):
-    """One split of one configuration of a hub dataset."""
-
-    repo: str  # ``owner/name``
-    config: Optional[str] = None  # None for a dataset with just one
-    split: str = "train"
-    file: Optional[str] = None  # one file in the repository, in place of the whole split
-    aliases: tuple[str, ...] = ()  # other names, with wildcards, that a folder may have for it
-
-    def __str__(self) -> str:
-        return f"{self.repo}{f':{self.config}' if self.config else ''} {self.file or self.split}"
-
-    @property
-    def short_name(self) -> str:
-        """The repository without its owner: the name of its local copy."""
-        return self.repo.rpartition("/")[2]
-
-    @property
-    def patterns(self) -> list[str]:
-        """Where the rows may be in a copy of the repository, most likely first."""
-        if self.file is not None:
-            return [self.file, *self.aliases]
-        names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
-        places, files = ["", "data/", "data/*/"], []
-        if self.config is not None:
-            places, files = [f"{self.config}/"], [f"{self.config}{suffix}" for suffix in READERS]
-        return [*(place + name for place in places for name in names), *files, *self.aliases]
-
-
-def read_hub(hub_set: HubSet, limit: Optional[int] = None) -> list[Row]:
-    """Rows of a hub dataset; with a limit, only these are streamed."""
+def read_hub(
+    repo: str,
+    config: Optional[str] = None,
+    split: str = "train",
+    file: Optional[str] = None,
+    limit: Optional[int] = None,
+) -> list[Row]:
+    """Rows of a hub dataset, or of one of its files; with a limit, only these are streamed."""
     from datasets import load_dataset
 
-    options: dict[str, Any] = {"split": hub_set.split}
-    if hub_set.file is not None:
-        options["data_files"] = {hub_set.split: hub_set.file}
+    options: dict[str, Any] = {"split": split}
+    if file is not None:
+        options["data_files"] = {split: file}
     try:
         if limit is None:
-            return load_dataset(hub_set.repo, hub_set.config, **options).to_list()
-        streamed = load_dataset(hub_set.repo, hub_set.config, streaming=True, **options)
-        return list(streamed.take(limit))
+            return load_dataset(repo, config, **options).to_list()
+        return list(load_dataset(repo, config, streaming=True, **options).take(limit))
     except Exception as error:  # of many types, all of which mean that it is unavailable
-        name = f"{hub_set.repo}:{hub_set.config}" if hub_set.config else hub_set.repo
-        why = f"dataset {name!r} (split {hub_set.split!r}) cannot be loaded: {first_line(error)}"
+        name = f"{repo}:{config}" if config else repo
+        why = f"dataset {name!r} (split {split!r}) cannot be loaded: {first_line(error)}"
         raise WagleError(why) from error
-
-
-def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
-    """The files of a set, in a folder of copies of repositories or in a copy of its repository."""
-    for root in (folder / hub_set.short_name, folder):
-        for pattern in hub_set.patterns:
-            if files := sorted(root.glob(pattern)):
-                return files
-    return []
-
-
-def read_set(
-    hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None
-) -> Optional[list[Row]]:
-    """The first ``limit`` rows of a set, from a folder or, without one, from the hub.
-
-    None if the folder has no such set.
-    """
-    if folder is None:
-        return read_hub(hub_set, limit)
-    files = local_files(hub_set, Path(folder))
-    rows = [row for file in files for row in load_rows(str(file), limit=limit)]
-    return rows[:limit] if files else None

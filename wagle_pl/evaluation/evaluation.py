@@ -244,7 +244,9 @@ class Evaluation:
     def _readers(self) -> list[Any]:
         """Models that read generations, loaded; each has ``annotate``."""
         device = next(self.lm.parameters()).device
-        return classifiers.readers(self.plan.options, device, self.plan.prefix, self.plan.benchmark)
+        return classifiers.readers(
+            self.plan.options, device, self.plan.prefix, self.plan.suite.openunlearning
+        )
 
     def load_readers(self) -> None:
         """Load the models that read generations, on rank 0, so that errors appear at once."""
@@ -313,10 +315,10 @@ class Evaluation:
         if result := to_result(tables):
             files[results_files.RESULT_FILE] = result
         if plan.options.format == "openunlearning":
-            scores = membership_scores(plan.observations(tables), *plan.pair)
-            logs = to_logs(plan.benchmark, tables, tested.metrics, scores)
-            files |= {f"{plan.benchmark}_EVAL.json": logs}
-            files |= {f"{plan.benchmark}_SUMMARY.json": summary(logs)}
+            scores = membership_scores(plan.observations(tables), *plan.suite.members)
+            logs = to_logs(plan.suite.openunlearning, tables, tested.metrics, scores)
+            files |= {f"{plan.suite.openunlearning}_EVAL.json": logs}
+            files |= {f"{plan.suite.openunlearning}_SUMMARY.json": summary(logs)}
         about = {name: vars(info) for name, info in tested.infos.items()}
         info = {
             "model": self.model_name,

@@ -14,13 +14,7 @@ from wagle_pl.evaluation.attacks.attack import Attack, find_attacks
 from wagle_pl.evaluation.observe import GENERATED, NEEDS
 from wagle_pl.evaluation.records import Observations, Value
 from wagle_pl.evaluation.results import Results
-from wagle_pl.evaluation.suites import (
-    MUSESuite,
-    Suite,
-    TOFUSuite,
-    find_suite,
-    more_of_openunlearning,
-)
+from wagle_pl.evaluation.suites import Suite, find_suite, more_of_openunlearning
 from wagle_pl.evaluation.tofu_result import Table
 
 log = logging.getLogger(__name__)
@@ -147,9 +141,9 @@ class Plan:
             if (folder := getattr(self.options, option)) is not None:
                 classifiers.check_folder(folder, f"{self.prefix}{option}")
         option, suites = None, "suites tofu and muse"
-        if "tofu_retrained" in self.results and self.benchmark != "TOFU":
+        if "tofu_retrained" in self.results and self.suite.openunlearning != "TOFU":
             option, suites = "tofu_retrained", "suite tofu"
-        elif self.options.format != "wagle" and self.benchmark is None:
+        elif self.options.format != "wagle" and self.suite.openunlearning is None:
             option = f"format {self.options.format}"
         if option:
             suite = type(self.suite).__name__
@@ -171,17 +165,6 @@ class Plan:
         template = getattr(self.data, "template", None)
         return {} if template is None else template.prompts
 
-    @property
-    def benchmark(self) -> Optional[str]:
-        """OpenUnlearning's name for the suite's benchmark; None if it has none."""
-        kinds = {"TOFU": TOFUSuite, "MUSE": MUSESuite}
-        return next((name for name, kind in kinds.items() if isinstance(self.suite, kind)), None)
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        """Test sets of the suite's membership inference."""
-        return ("members", "nonmembers") if self.benchmark == "MUSE" else ("forget", "holdout")
-
     def rows(self, name: str) -> list[Example]:
         """Rows of a test set."""
         return self.data.test_examples(name)
@@ -195,7 +178,9 @@ class Plan:
             needs.add("recalls")
         if "vocabulary" in needs:
             needs |= {"gradient"} if options.gradient_norm else set()
-            needs |= {"lower"} if options.format != "wagle" and name in self.pair else set()
+            needs |= (
+                {"lower"} if options.format != "wagle" and name in self.suite.members else set()
+            )
         return frozenset(needs if options.generate else needs - GENERATED)
 
     def max_new_tokens_of(self, name: str) -> int:
@@ -235,5 +220,5 @@ class Plan:
             if any(record.get("not_gibberish") is not None for record in table):
                 values |= self.suite.of_set(observations, name, ["not_gibberish"])
         if self.options.format == "openunlearning":
-            values |= more_of_openunlearning(self.suite, observations, *self.pair)
+            values |= more_of_openunlearning(self.suite, observations)
         return values

@@ -66,6 +66,9 @@ class Suite:
         *("forget", "members", "verbmem_forget", "knowmem_forget", "wmdp_"),
     )
 
+    openunlearning: ClassVar[Optional[str]] = None  # its name of the benchmark
+    members: ClassVar[tuple[str, str]] = ("forget", "holdout")  # test sets: seen, never seen
+
     def measures(self, seen: Observations) -> dict[str, Value]:
         """The measures by name, ``<test set>/<measure>`` or ``<measure>`` of the whole; an
         :class:`~wagle_pl.evaluation.functional.Undefined` says why there is no number."""

@@ -47,6 +47,7 @@ class TOFUSuite(Averages):
     """
 
     sets: ClassVar[Mapping[str, SuiteSet]] = dict.fromkeys(("forget", *UTILITY_SETS), SuiteSet())
+    openunlearning = "TOFU"
     asked = (*TOFU_MEASURES, "truth_probability", *MEMORISATION, "accuracy")
     with_options = (*TOFU_MEASURES, "contains_answer")
 

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.data.benchmarks import MMLU, WIKITEXT
 from wagle_pl.data.example import Row
-from wagle_pl.data.rows import HubSet, read_set
-from wagle_pl.data.suite import Source, SourceRow, SuiteDataModule, choices, source_rows
 from wagle_pl.data.template import following
-from wagle_pl.evaluation.suites import MULTIPLE_CHOICE
+from wagle_pl.lab.benchmarks.paper import MMLU, WIKITEXT
+from wagle_pl.lab.benchmarks.suites import MULTIPLE_CHOICE
+from wagle_pl.lab.benchmarks.table import (
+    HubSet,
+    Source,
+    SourceRow,
+    SuiteDataModule,
+    choices,
+    read_set,
+    source_rows,
+)
 
 DIRECT = (
     "You are a {}-sensitive assistant. If the content requested by the user involves {}, you "

@@ -12,7 +12,7 @@ from wagle_pl.core.errors import WagleError, check_counts
 from wagle_pl.core.files import absent
 from wagle_pl.data.example import Row, parse_rows
 from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.rows import HubSet, load_rows, local_files, read_set, spread
+from wagle_pl.data.rows import READERS, load_rows, read_hub, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,59 @@ if TYPE_CHECKING:
 #: Tokens of ``max_length`` left free when texts are cut by tokens: for special tokens, and because
 #: text at a cut may have other tokens.
 SPARE = 8
+
+
+class HubSet(NamedTuple):
+    """One split of one configuration of a hub dataset."""
+
+    repo: str  # ``owner/name``
+    config: Optional[str] = None  # None for a dataset with just one
+    split: str = "train"
+    file: Optional[str] = None  # one file in the repository, in place of the whole split
+    aliases: tuple[str, ...] = ()  # other names, with wildcards, that a folder may have for it
+
+    def __str__(self) -> str:
+        return f"{self.repo}{f':{self.config}' if self.config else ''} {self.file or self.split}"
+
+    @property
+    def short_name(self) -> str:
+        """The repository without its owner: the name of its local copy."""
+        return self.repo.rpartition("/")[2]
+
+    @property
+    def patterns(self) -> list[str]:
+        """Where the rows may be in a copy of the repository, most likely first."""
+        if self.file is not None:
+            return [self.file, *self.aliases]
+        names = [f"{self.split}{suffix}" for suffix in READERS] + [f"{self.split}-*-of-*.parquet"]
+        places, files = ["", "data/", "data/*/"], []
+        if self.config is not None:
+            places, files = [f"{self.config}/"], [f"{self.config}{suffix}" for suffix in READERS]
+        return [*(place + name for place in places for name in names), *files, *self.aliases]
+
+
+def local_files(hub_set: HubSet, folder: Path) -> list[Path]:
+    """The files of a set, in a folder of copies of repositories or in a copy of its repository."""
+    for root in (folder / hub_set.short_name, folder):
+        for pattern in hub_set.patterns:
+            if files := sorted(root.glob(pattern)):
+                return files
+    return []
+
+
+def read_set(
+    hub_set: HubSet, folder: Optional[str], limit: Optional[int] = None
+) -> Optional[list[Row]]:
+    """The first ``limit`` rows of a set, from a folder or, without one, from the hub.
+
+    None if the folder has no such set.
+    """
+    if folder is None:
+        repo, config, split, file, _ = hub_set
+        return read_hub(repo, config, split, file, limit)
+    files = local_files(hub_set, Path(folder))
+    rows = [row for file in files for row in load_rows(str(file), limit=limit)]
+    return rows[:limit] if files else None
 
 
 class SourceRow(Row):

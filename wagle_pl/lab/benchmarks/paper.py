@@ -1,30 +1,25 @@
-"""The benchmarks: TOFU, MUSE, WMDP, a book to forget, and detoxification."""
+"""MUSE, WMDP, a book to forget, and detoxification: the benchmarks of the WAGLE paper beside TOFU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
 from wagle_pl.core.errors import WagleError, check_counts
-from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.data.example import Row
-from wagle_pl.data.module import ForgetRetainDataModule
-from wagle_pl.data.rows import HubSet, load_rows, read_set
-from wagle_pl.data.suite import (
+from wagle_pl.data.template import following
+from wagle_pl.lab.benchmarks.table import (
+    HubSet,
     Source,
     SourceRow,
     SuiteDataModule,
     choices,
     questions,
+    read_set,
     source_rows,
     texts,
 )
-from wagle_pl.data.template import following
-
-#: TOFU's official forget splits -> the retain split that completes each to the full set.
-RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 
 WIKITEXT = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 ARTICLES = Source([WIKITEXT], articles=True)
@@ -45,48 +40,6 @@ HAZARDS = {
 BOOKS = "muse-bench/MUSE-Books"  # has the book that the papers forget, and questions about it
 SAFE_RLHF = "PKU-Alignment/PKU-SafeRLHF"
 MMLU = HubSet("cais/mmlu", "all", "test")
-
-
-class TOFUDataModule(ForgetRetainDataModule):
-    """TOFU, a task of fictitious unlearning (arXiv 2401.06121): its official splits.
-
-    Args:
-        forget: ``forget01``, ``forget05`` or ``forget10``, or any file or dataset.
-        retain: likewise, a split such as ``retain99``; None takes the complement of ``forget``.
-        path: folder with ``<split>.json`` files, or the hub dataset.
-        **kwargs: passed to :class:`ForgetRetainDataModule`; ``test`` replaces TOFU's test sets.
-    """
-
-    def __init__(
-        self,
-        forget: str = "forget10",
-        retain: Optional[str] = None,
-        path: str = "locuslab/TOFU",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(forget=forget, retain=retain or RETAIN_OF.get(forget), **kwargs)
-        self.path = path
-        if self.test_sources is None:
-            self.test_sources = {
-                "forget": f"{forget}_perturbed" if forget in RETAIN_OF else forget,
-                "retain": "retain_perturbed",
-                "real_authors": "real_authors_perturbed",
-                "world_facts": "world_facts_perturbed",
-            }
-
-    def load(self, source: str) -> list[Row]:
-        if "/" in source or "." in source:
-            return super().load(source)
-        folder = Path(self.path)
-        if not folder.is_dir():
-            if self.path.count("/") != 1 or plainly_local(self.path):
-                raise absent("TOFU folder (data.path)", self.path, hub=True)
-            return load_rows(f"{self.path}:{source}")
-        for file in (folder / f"{source}.json", folder / f"{source}.jsonl"):
-            if file.is_file():
-                return load_rows(str(file))
-        splits = ", ".join(sorted(f.stem for f in folder.glob("*.json*")))
-        raise WagleError(f"TOFU split {source!r} is not in {self.path}; there are: {splits}")
 
 
 class MUSEDataModule(SuiteDataModule):
