@@ -54,7 +54,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     dense |= {"difference": None, "p": None, "why": "", "verdict": "", "equal_steps": None}
     dense |= dict.fromkeys(AT_END)
     arm = {**dense, "mask": "wagle", "mean": 0.51234, "std": 0.0123, "n": 2, "seeds": 2}
-    arm |= {"difference": 0.00456, "p": None, "why": "n too small", "verdict": "ties"}
+    arm |= {"difference": 0.00456, "p": None, "why": "n too small", "verdict": "not resolved"}
     arm |= {"reached": 0.75, "runs": 4, "learning_rates": {"0": 3e-5, "1": 1e-5}, "steps": 61.5}
     arm |= {"equal_steps": {"difference": 0.0321, "p": 0.25, "n": 3, "steps": 50.0}}
     arm |= {"area": {**none, "mean": 0.5555, "std": 0.0321, "n": 2, "dense": 0.5}}
@@ -79,7 +79,7 @@ def test_a_study(study, report):
     lines = [[cell.text for cell in line.children] for line in list(part.all("table"))[1].all("tr")]
     header, rows = shown(by_objective(json.loads(Path("study/study.json").read_text()))["NPO"])
     assert lines == [header, *rows]
-    assert lines[1][:6] == ["wagle", "0.512 ± 0.012", "2/2", "75%", "ties", "+0.005"]
+    assert lines[1][:6] == ["wagle", "0.512 ± 0.012", "2/2", "75%", "not resolved", "+0.005"]
     last = {row["run"]: row for row in study if row["step"] == 126}
     body = {
         line.children[0].text: [float(data.attributes["value"]) for data in line.all("data")]
@@ -209,7 +209,7 @@ def test_the_page_says_what_study_md_says(published, report):
     recovered = figures(part)["Recovery by relearn_retain"]
     assert "NPO, retrained: from (0, 0.00) to (9, 0.200)" in recovered
     for said in (
-        "a tie is a difference within",
+        "not resolved if it is within",
         "there is nothing to unlearn",
         "2 runs diverged",
         "*: tried with",

@@ -110,9 +110,8 @@ def at_the_level(
     measure of forget rows, the test set for ``probability kept``; ``mean``, ``std`` and ``n`` over
     the seeds whose chosen run has the measure, out of the ``seeds`` that reach the level, and
     ``values``, seed -> value; ``target`` and ``retrained``, the values of these models under the
-    same attack; ``difference`` from dense over the seeds of both; and ``verdict``, with ``p`` or
-    ``why`` there is none: the arm that keeps more, or is nearer to the retrained model (without
-    one: of which less comes back), wins.
+    same attack; ``difference`` from dense over the seeds of both, its ``p``, or ``why`` there is
+    none; and ``verdict``: the arm that keeps more, or of which less comes back, wins.
     ``steps to half`` is a measure of attacks with a curve, which is in ``curve``: (step, mean
     probability of the forget rows); seeds for which half does not come back are not in ``n``.
     """
@@ -128,7 +127,7 @@ def at_the_level(
         for column in columns:
             entry: dict[str, Any] = {"objective": objective, "mask": mask}
             entry |= {"measure": column.measure, "what": column.what}
-            entry |= _compared(column, ended, theirs, column.of(retrained))
+            entry |= _compared(column, ended, theirs)
             entry |= {"target": column.of(by.target), "retrained": column.of(retrained)}
             if isinstance(column, Curve):
                 entry["target"] = None  # it has nothing to bring back
@@ -147,30 +146,23 @@ def _ends(best: pd.DataFrame, last: Mapping[str, Row]) -> dict[int, Row]:
 
 
 def _compared(
-    column: Column | Curve,
-    ended: Mapping[int, Row],
-    theirs: Mapping[int, Row],
-    retrained: Optional[float],
+    column: Column | Curve, ended: Mapping[int, Row], theirs: Mapping[int, Row]
 ) -> dict[str, Any]:
-    def worth(value: float) -> float:
-        nearness = column.sign < 0 and retrained is not None
-        return -abs(value - retrained) if nearness else column.sign * value
-
     ours, dense = (
         {seed: value for seed, row in of.items() if (value := column.of(row)) is not None}
         for of in (ended, theirs)
     )
     both = sorted(ours.keys() & dense.keys())
-    test = paired(*([worth(of[seed]) for seed in both] for of in (ours, dense)))
+    test = paired(*([of[seed] for seed in both] for of in (ours, dense)))
+    arm, other = (spread(list(of.values())) for of in (ours, dense))
     word = NEVER
     if ended:
-        arm, other = (spread([worth(value) for value in of.values()]) for of in (ours, dense))
-        word = verdict(test, 1, arm, other, len(ended), len(theirs)) if theirs else ""
+        word = verdict(test, column.sign, arm, other, len(ended), len(theirs)) if theirs else ""
     return {
-        **spread(list(ours.values()))._asdict(),
+        **arm._asdict(),
         "seeds": len(ended),
         "values": {str(seed): value for seed, value in ours.items()},
-        "difference": spread([ours[seed] - dense[seed] for seed in both]).mean,
+        "difference": test.difference,
         "p": test.p,
         "why": test.why if theirs else "",
         "verdict": word,
@@ -211,9 +203,9 @@ def about(entries: Sequence[Entry]) -> list[str]:
         "Every run ends at the first test at which the study's level is reached. An arm is shown "
         "by its runs with the best learning rate of each seed: mean ± standard deviation over "
         "the seeds that reach the level.",
-        f"{BETTER}: better than dense, {WORSE}: worse: more is kept, or the forget rows are nearer "
-        "to the retrained model's number (a paired t-test over three seeds or more, p < 0.05, and a "
-        "difference above the larger of the two standard deviations).",
+        f"{BETTER}: better than dense, {WORSE}: worse: more is kept, or less comes back (a paired "
+        "t-test over three seeds or more, p < 0.05, and a difference above the larger of the two "
+        "standard deviations).",
     ]
     if any(entry["what"] == WITHOUT for entry in entries):
         lines.append(

@@ -41,6 +41,8 @@ SUMMARY = TypedDict("SUMMARY", _SUMMARY)  # type: ignore[misc]
 LABELS = ("objective", "mask", "score", "density")
 CURVE_POINTS = 33  # of an arm's mean curve
 MIN_PAIRS = 3  # for a paired t-test
+#: Said of an arm: too small a difference for so few seeds, which does not prove equality.
+UNRESOLVED = "not resolved"
 NEVER = "never reaches it"  # said of an arm: "it" is the level
 SIGNIFICANT = 0.05
 
@@ -158,9 +160,9 @@ def verdict(
 ) -> str:
     """How an arm compares with dense, in a few words.
 
-    With fewer than three pairs nothing is won or lost. Otherwise a difference is a tie if it is
-    within the larger of the two standard deviations over seeds, or if the paired test's p is 0.05
-    or more. ``sign`` is −1 if less utility is better; seeds are those finished.
+    With fewer than three pairs nothing is won or lost. Otherwise a difference is not resolved if it
+    is within the larger of the two standard deviations over seeds, or if the paired test's p is
+    0.05 or more. ``sign`` is −1 if less utility is better; seeds are those finished.
     """
     if not arm_seeds:
         return "not run yet"
@@ -178,7 +180,7 @@ def verdict(
         return f"{'ahead' if gain > 0 else 'behind' if gain < 0 else 'level'}, {seeds}"
     within = abs(gain) <= max(arm.std or 0.0, dense.std or 0.0)
     if within or (test.p is not None and test.p >= SIGNIFICANT):
-        return "ties"
+        return UNRESOLVED
     return "wins" if gain > 0 else "loses"
 
 

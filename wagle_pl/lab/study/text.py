@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Optional
 from wagle_pl.core.text import count, markdown_table
 from wagle_pl.lab.study import recovery
 from wagle_pl.lab.study.numbers import decimals, mean_std
-from wagle_pl.lab.study.summary import AT_END
+from wagle_pl.lab.study.summary import AT_END, UNRESOLVED
 
 Arm = Mapping[str, Any]  # one of a summary's ``headline``
 Summary = Mapping[str, Any]  # content of ``study.json``
@@ -113,12 +113,12 @@ def shown(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
 
 
 def outcome(arms: Sequence[Arm]) -> str:
-    """In a sentence: what wins, ties and loses against dense, and what cannot be said.
+    """In a sentence: what wins and loses against dense, and what cannot be said.
 
     >>> outcome([{"mask": "wagle 0.2", "verdict": "wins"}, {"mask": "dense", "verdict": ""}])
     'Against dense: wins: wagle 0.2.'
     """
-    words = dict.fromkeys(["wins", "ties", "loses", *(arm["verdict"] for arm in arms)])
+    words = dict.fromkeys(["wins", UNRESOLVED, "loses", *(arm["verdict"] for arm in arms)])
     groups = {word: [arm["mask"] for arm in arms if arm["verdict"] == word] for word in words}
     phrases = [f"{word}: {', '.join(masks)}" for word, masks in groups.items() if word and masks]
     nothing = "There is nothing to compare with dense yet."
@@ -180,8 +180,9 @@ def about(summary: Summary) -> list[str]:
         "seeds: seeds that reach that level with some learning rate, of those finished. reach: "
         "share of all runs that do. An arm that never does has no utility at equal forgetting: "
         "nothing is extrapolated.",
-        "against dense: a tie is a difference within the larger of the two standard deviations, "
-        "or one with p ≥ 0.05. p: paired t-test over seeds. difference: over the seeds of both.",
+        "against dense: a difference is not resolved if it is within the larger of the two standard "
+        "deviations, or if p ≥ 0.05; that proves no equality. p: paired t-test over seeds. "
+        "difference: over the seeds of both.",
         "steps: to that level; slower runs tend to keep more, whatever the mask. equal steps: "
         "difference from dense, and its p, where runs of both get there in equally many steps, "
         "interpolated over learning rates; a run that took no fewer steps than one with a slower "
