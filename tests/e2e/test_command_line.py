@@ -82,6 +82,8 @@ MISTAKES = {
     ATTRIBUTE: {
         "--model.save_scores true": "model.save_scores: must be bf16, fp32 or null; got True",
         "--model.densty 1": "model.densty: .* density",
+        "--model.pool [mean,max]": r"model.pool: must be .* norm; got \['mean', 'max'\]",
+        "--model.masks [{'units':'head'}]": "model.masks.units: .* did you mean unit",
         "--model.lr 1": "model.lr: ",
         "--model.density 20%": "model.density: must be float; got 20%",
         "--model.density 1.5": "density: ",

@@ -83,6 +83,8 @@ def test_frozen_bits_are_those_of_the_file(
     )
     (checkpoint,) = Path("checkpoints").glob("*.ckpt")
     export(checkpoint, "exported")
+    with pytest.raises(WagleError, match="exported is no checkpoint of a run: leave"):
+        export("exported", "again", mask=MASK)
     changed = moved(base, "out")
     assert not any((bits & ~mask[name]).any() for name, bits in changed.items())
     share = sum(int(bits.sum()) for bits in changed.values()) / mask.count()

@@ -34,6 +34,7 @@ from wagle_pl.api.subject import Questions, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge
 from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
+from wagle_pl.evaluation import Options
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.objectives.forget import NPO
 from wagle_pl.unlearning.export import model_card
@@ -122,6 +123,8 @@ def test_a_model_a_mask_and_rows_may_be_objects(
         (lambda: AttributionModule("m", modules=1), "unexpected keyword argument 'modules'"),
         (lambda: FinetuneModule("m", warmup=[1]), r"model.warmup: must be a number, got \[1\]"),
         (lambda: EvaluationModule(None), "model.model: must be a text or a PreTrainedModel"),
+        (lambda: Options(max_new_tokens="4"), "max_new_tokens: must be an integer, got '4'"),
+        (lambda: Options(robustness=5), "model.robustness: must be true or false, a list"),
         (lambda: ForgetRetainDataModule(batch_size="4"), "data.batch_size: must be an integer"),
         (lambda: ForgetRetainDataModule(batch_size=None), "data.batch_size: must be an integer"),
         (lambda: ForgetRetainDataModule(max_length=0), "data.max_length: must be at least 1"),

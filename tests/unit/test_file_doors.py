@@ -16,6 +16,7 @@ from helpers import LLAMA, RUN, changed, places
 from safetensors.torch import save_file
 
 from wagle_pl.attribution.stored import StoredScores, write_scores
+from wagle_pl.cli.mask import info
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.hub import card_of
 from wagle_pl.core.reading import parse_json, read_json
@@ -143,12 +144,14 @@ def make_mask(folder: Path) -> Path:
     other = WeightMask.from_bools(
         bits, {"operation": "modules", "modules": ["mlp"], "layers": "0-1"}
     )
-    return (mask & other).save(folder / "mask")
+    both = mask & other
+    both.metadata |= {"unit": "head", "units": {"0": [1, 2]}, "as_rows": ["a"], "passes": 1.5}
+    return both.save(folder / "mask")
 
 
 def read_mask(path: Path) -> Any:
     mask = WeightMask.load(path)
-    mask.grid(), mask.stats(), mask.prompts
+    mask.stats(), info(str(path))
     return (
         mask.shapes,
         mask.metadata,

@@ -128,6 +128,8 @@ def test_what_transformers_keeps_in_fp32_moves_under_bf16(
         def on_train_end(self, trainer: Any, module: Any) -> None:
             kept.update({name: p.dtype for name, p in module.lm.named_parameters()})
             kept["inv_freq"] = module.lm.model.rotary_emb.inv_freq.dtype
+            counters = {int(of["step"]) for of in trainer.optimizers[0].state.values()}
+            assert counters == {trainer.global_step}  # each tensor is stepped once
 
     module = FinetuneModule(load_model(folder) if given else folder, lr=1e-5, warmup=0)
     run(module, rows, Dtypes(), precision="bf16-true")

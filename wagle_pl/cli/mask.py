@@ -50,11 +50,12 @@ def info(file: str, *, tensors: bool = False) -> None:
         ("density", f"{mask.density:.6f}"),
     ]
     parts = [fields(about), _shares("module", mask.tally(module_type_of))]
+    unit = made.get("unit") or "unknown"
     if units := made.get("units"):
         rows = [[layer, f"{n:,}", f"{chosen:,}"] for layer, (chosen, n) in units.items()]
-        parts.append(table(["layer", f"{made['unit']} units", "selected"], rows))
+        parts.append(table(["layer", f"{unit} units", "selected"], rows))
     if modules := dict.fromkeys(map(module_type_of, made.get("as_rows") or ())):
-        parts.append(f"rows take the place of a {made['unit']} in {', '.join(modules)}")
+        parts.append(f"rows take the place of a {unit} in {', '.join(modules)}")
     parts.append(mask_text({"share selected by layer and module type": mask.grid()}))
     if tensors:
         parts.append(_shares("tensor", mask.tally(str)))

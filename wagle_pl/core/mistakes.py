@@ -43,9 +43,10 @@ def in_one_line(message: str, options: Collection[str] = ()) -> str:
         return f"{option}: {faults[-1][1]}"
     if value and re.search(_NO_CLASS, message):
         return _unknown_class(value[1], option, message)
-    types = re.findall(r"(?:Subtypes: \[|(?<!- )Expected an? )(.*)(?:\]|\. Got)", message)
+    types = re.findall(r"Subtypes: \[(.*)\]|(?<!- )Expected an? (.*?)\. Got", message)
     if value and types:  # the last is the innermost; lists of subtypes begin with dashes
-        expected = re.sub(r"<class '([\w.]+)'>", r"\1", types[-1])
+        expected = "".join(types[-1])
+        expected = re.sub(r"<class '([\w.]+)'>", r"\1", expected)
         expected = re.sub(r"(?:\w+\.)+(\w+)", r"\1", expected).replace("NoneType", "null")
         if "Literal[" in expected:
             choices = re.findall(r"[^][', ]+", expected.replace("Literal", ""))
@@ -62,7 +63,7 @@ def _unknown_option(
     if name == "class_path":
         return f"{option}: it takes class_path and init_args, and nothing else"
     cls: type = resolve_name(path)
-    if cls in _bases(message):  # no class was named
+    if cls in _bases(message) and [*subclasses(cls)]:  # no class was named
         return f"{option}.{name}: no class is named for {option}; give --{option} CLASS before it"
     elsewhere = next((o for o in sorted(options) if o.endswith(f".{name}")), None)
     hint = f"did you mean {elsewhere}?" if elsewhere else f"see --{option}.help {cls.__name__}"

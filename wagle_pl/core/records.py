@@ -32,7 +32,7 @@ class MadeBy(TypedDict):
     absolute: Optional[bool]  # whether scores are ranked by absolute value
     density: Optional[float]
     unit: Optional[str]
-    units: Optional[dict[str, list[Count]]]  # layer -> units selected, units
+    units: Optional[dict[str, tuple[Count, Count]]]  # layer -> units selected, units
     as_rows: Optional[list[str]]  # tensors whose rows took the place of heads or neurons
     geometry: Optional[Sizes]  # of the model, in scores
     passes: Optional[float]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, Optional, Union
 
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_counts
+from wagle_pl.core.schema import check_arguments
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation import classifiers, results
 from wagle_pl.evaluation.attacks.attack import Attack, find_attacks
@@ -91,10 +92,10 @@ class Options:
     lm_eval_limit: Optional[int] = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise WagleError(f"max_new_tokens: must be at least 1, got {self.max_new_tokens}")
-        if self.bootstrap < 0:
-            raise WagleError(f"bootstrap: must be 0 or more, got {self.bootstrap}")
+        of_attacks = {"robustness"}  # which may be mappings
+        plain = {name: value for name, value in vars(self).items() if name not in of_attacks}
+        check_arguments(Options.__init__, plain, "")
+        check_counts("", max_new_tokens=self.max_new_tokens, bootstrap=self.bootstrap or None)
         find_attacks(self.robustness)
 
     @property

@@ -60,11 +60,15 @@ def export(
         stored = (checkpoint.get("state_dict") or {}).items()
         state = {key.removeprefix(PREFIX): t for key, t in stored if key.startswith(PREFIX)}
         names, read = [*state], state.__getitem__
+    elif model or mask:
+        raise WagleError(f"{path} is no checkpoint of a run: leave --model and --mask out")
     else:
         return _convert(str(path), output)
     if not names or not checkpoint.get("model"):
         raise WagleError(f"{where} holds no weights of a language model (attribution moves none)")
     about = checkpoint["model"]
+    if mask and not checkpoint.get("mask"):
+        raise WagleError(f"{where}: its run had no mask: leave --mask out")
     base, record = model or about["name"], about["record"]
     check(record, Json, where, "model.record")
     if not record.get("lineage"):

@@ -19,6 +19,7 @@ import torch
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import Entry, resolve
+from wagle_pl.core.schema import check
 from wagle_pl.core.text import table
 from wagle_pl.core.weights import weights_digest
 from wagle_pl.data.example import Example
@@ -303,7 +304,7 @@ def find_attacks(
         words = [word.strip() for word in value.strip("[] ").split(",") if word.strip()]
         constants = {"all": True, "true": True, "none": False, "false": False, "null": False}
         value = constants.get(",".join(words).lower(), words)
-    every = value is True
+    every = check(value, Optional[Union[bool, list, tuple]], option) is True
     attacks = [resolve(Attack, a, f"attack of {option}") for a in (EVERY if every else value or ())]
     for name, times in Counter(attack.name for attack in attacks).items():
         if times > 1:
