@@ -49,6 +49,11 @@ def cell(found: Optional[dict[str, Any]]) -> str:
     return mean_std(found["mean"], found["std"])
 
 
+def with_steps(arm: Optional[dict[str, Any]]) -> str:
+    """The same, and the steps to the level."""
+    return cell(arm) + (f" ({arm['steps']:.0f})" if arm and arm["mean"] is not None else "")
+
+
 def by_mask(objectives: Iterable[str], studies: Iterable[str]) -> str:
     """What each mask keeps at equal forgetting, a column per objective and study."""
     found = [
@@ -56,7 +61,7 @@ def by_mask(objectives: Iterable[str], studies: Iterable[str]) -> str:
         for name in studies
     ]
     columns = [(o, arms) for o in objectives for arms in found]
-    rows = [[mask, *(cell(arms.get((o, mask))) for o, arms in columns)] for mask in MASKS]
+    rows = [[mask, *(with_steps(arms.get((o, mask))) for o, arms in columns)] for mask in MASKS]
     return rows_of(rows)
 
 
@@ -64,12 +69,14 @@ def ends(name: str, arms: Iterable[tuple[str, str]], columns: Iterable[tuple[str
     """What runs end with, and what attacks bring back: a row per arm, one more for the retrained model."""
     arms, columns = list(arms), list(columns)
     found = {(e["objective"], e["mask"], e["measure"], e["what"]): e for e in study(name)["ends"]}
+    steps = {(a["objective"], a["mask"]): a["steps"] for a in study(name)["headline"]}
     rows = []
     for objective, mask in arms:
         label = mask if objective == "NPO" else f"{mask}, {objective}"
-        rows.append([label, *(cell(found[(objective, mask, *column)]) for column in columns)])
+        cells = [cell(found[(objective, mask, *column)]) for column in columns]
+        rows.append([label, f"{steps[objective, mask]:.0f}", *cells])
     retrained = [f"{found[(*arms[0], *column)]['retrained']:.3f}" for column in columns]
-    return rows_of([*rows, ["retrained", *retrained]])
+    return rows_of([*rows, ["retrained", "–", *retrained]])
 
 
 def rows_of(rows: list[list[str]]) -> str:
@@ -149,8 +156,7 @@ def true_masks() -> str:
         )
     ]
     masks = ("plant", "curvature^1", "random", "wagle", "dense")
-    cells = [[f"{cell(arms[m])} ({arms[m]['steps']:.0f})" for arms in found] for m in masks]
-    return rows_of([[mask, *of_mask] for mask, of_mask in zip(masks, cells, strict=True)])
+    return rows_of([[mask, *(with_steps(arms[mask]) for arms in found)] for mask in masks])
 
 
 def rounded() -> str:
