@@ -92,7 +92,7 @@ def test_rmu_moves_the_matrices_near_its_block_alone(
 ) -> None:
     done = wagle(*options("RMU", layer=0))
     assert changed(tiny_model) == {"model.layers.0.mlp.down_proj.weight"}
-    assert done.model._needs_theta0
+    assert done.model.objective.needs_theta0
     assert "bit-identical" in recorded()["verified"]
 
 

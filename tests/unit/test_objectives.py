@@ -28,11 +28,9 @@ from wagle_pl.lm.inference import Predictions
 from wagle_pl.objectives.forget import RMU, Objective, Streams
 from wagle_pl.objectives.objective import Schedule, as_schedule
 from wagle_pl.objectives.retain import RetainTerm
-from wagle_pl.objectives.targets import generator_of
 
 STREAMS = ("forget", "refusal", "retain", "alternate")
 LAYER = 1
-EPOCH = 3
 
 Row = SimpleNamespace  # one row of one stream in float64: its tensors as attributes
 Data = dict[str, dict[str, Tensor]]
@@ -102,7 +100,7 @@ def streams(data: Data, progress: float = 0.0) -> Streams:
         now["suffix"] = ""
 
     known = {s: torch.zeros(99).scatter(0, t["row"], t["reference"]) for s, t in data.items()}
-    return Streams(data, run, known, lm, (LAYER,), at_theta0, progress=progress, epoch=EPOCH)
+    return Streams(data, run, known, lm, (LAYER,), at_theta0, progress=progress)
 
 
 def leaves(data: Data, dtype: torch.dtype) -> tuple[Data, list[Tensor]]:
@@ -177,12 +175,6 @@ def ceu(row: Row, skip: int) -> Tensor:
     return mean(values) if values else row.logits.sum() * 0
 
 
-def random_label(row: Row, seed: int) -> Tensor:
-    found, generator = tokens(row), generator_of(seed, EPOCH, int(row.row))
-    drawn = torch.randint(len(found[0][0]), (len(found),), generator=generator)
-    return -mean([now[u] for (now, _, _), u in zip(found, drawn, strict=True)])
-
-
 def weighted(row: Row, weight: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean of log-probabilities times a weight of the probability, without its gradient."""
     return mean([now[y] * weight(now[y].exp().detach()) for now, _, y in tokens(row)])
@@ -228,7 +220,6 @@ CASES: dict[str, tuple[Objective, Any, Any]] = {
     "CEU all": (o.CEU(0), lambda f, r: ceu(f, 0), nll),
     "WGA": (o.WGA(0.8), lambda f, r: weighted(f, lambda p: p**0.8), nll),
     "SatImp": (o.SatImp(5.0, 1.0), lambda f, r: weighted(f, lambda p: p**5 * (1 - p)), nll),
-    "RandomLabel": (o.RandomLabel(seed=4), lambda f, r: random_label(f, 4), nll),
     "RMU": (
         o.RMU(LAYER, 6.5),
         lambda f, r: hidden_mse(f, o.RMU(LAYER, 6.5).control(6).double().expand_as(f.hidden)),
@@ -354,17 +345,6 @@ def test_the_dual_weight_of_pdu_follows_the_violation() -> None:
     assert other.dual == objective.dual == pytest.approx(dual)
 
 
-def test_random_labels_depend_on_seed_row_and_epoch_alone() -> None:
-    data = random_data(4, 9, 50, seed=3)
-    values = o.RandomLabel().forget_loss(streams(data))
-    backwards = streams(pick(data, torch.arange(4).flip(0)))
-    torch.testing.assert_close(o.RandomLabel().forget_loss(backwards).flip(0), values)
-    later = streams(data)
-    later.epoch += 1
-    assert not torch.allclose(o.RandomLabel().forget_loss(later), values)
-    assert not torch.allclose(o.RandomLabel(seed=1).forget_loss(streams(data)), values)
-
-
 def test_rmu_steers_along_one_fixed_direction() -> None:
     control = o.RMU(steering=3.0).control(16)
     assert torch.equal(control, o.RMU(steering=3.0).control(16))
@@ -449,12 +429,11 @@ def test_weights_follow_the_run() -> None:
 def test_terms_say_what_they_need() -> None:
     assert o.NPO().streams == ("forget", "retain") and o.NPO().references == ("forget",)
     assert o.NPO(retain="none").streams == o.NPO(retain_weight=0).streams == ("forget",)
-    assert o.NPO(retain="kl").theta0_streams == ("retain",)
-    assert o.KL(retain="KL").theta0_streams == ("forget", "retain")
+    assert o.NPO(retain="kl").needs_theta0 and o.KL().needs_theta0 and not o.NPO().needs_theta0
     assert o.DPO().streams == ("forget", "refusal", "retain")
     assert o.DPO().references == ("forget", "refusal")
     assert o.FineTune().streams == ("retain",)
-    assert o.RMU(layer=5).hidden_layers == (5,) and not o.RMU(retain="nll").needs_hidden_at_theta0
+    assert o.RMU(layer=5).hidden_layers == (5,) and not o.RMU(retain="nll").needs_theta0
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_young_study_beside_a_run(runs, report, study):
     assert "no numbers of the target and the retrained model" in part
     titles = list(figures(root))
     assert "Share of weights selected by layer and module: one" in titles
-    assert len(titles) == 1 + 1 + 1
+    assert len(titles) == 1 + 1
     os.remove("study/study.parquet")
     write_json(Path("study/study.json"), {})
     root, said = report("study", "masked", overwrite=True)

@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.lm.layers import blocks, check_layer
 from wagle_pl.objectives.objective import Objective, Weight, as_schedule, positive
 from wagle_pl.objectives.retain import RetainTerm
 from wagle_pl.objectives.streams import Answers, Streams
-from wagle_pl.objectives.targets import generator_of
 
 __all__ = [
     "DPO",
@@ -288,7 +288,8 @@ class RMU(Objective):
 
     def control(self, dimension: int) -> Tensor:
         """(d,) c·u in fp32, the same for one seed."""
-        direction = torch.rand(dimension, generator=generator_of(self.seed, dimension))
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, dimension))
+        direction = torch.rand(dimension, generator=generator)
         return self.steering * direction / torch.linalg.vector_norm(direction)
 
 

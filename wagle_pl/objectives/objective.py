@@ -117,8 +117,7 @@ class Objective(ABC):
     forget_streams: ClassVar[tuple[str, ...]] = ("forget",)
     #: Streams whose summed log-probabilities at θ₀ the forget term needs.
     references: ClassVar[tuple[str, ...]] = ()
-    #: Streams whose whole predictions (or hidden states) at θ₀ the forget term needs.
-    logits_at_theta0: ClassVar[tuple[str, ...]] = ()
+    logits_at_theta0: ClassVar[bool] = False  # whether the forget term needs predictions at θ₀
     layer: ClassVar[Optional[int]] = None  # the block whose output it reads, if any
     #: Regular expression for the names of the parameters that may move; None lets all move.
     trainable: ClassVar[Optional[str]] = None
@@ -160,20 +159,15 @@ class Objective(ABC):
         return tuple(dict.fromkeys(layers + (self.retain.hidden_layers if self.retains else ())))
 
     @property
-    def theta0_streams(self) -> tuple[str, ...]:
-        """Streams whose predictions at θ₀ a term needs."""
-        retain = ("retain",) if self.retains and self.retain.logits_at_theta0 else ()
-        return tuple(dict.fromkeys(self.logits_at_theta0 + retain))
-
-    @property
     def whole_streams(self) -> tuple[str, ...]:
         """Streams for which a term needs logits at every position."""
         return ("retain",) if self.retains and self.retain.all_positions else ()
 
     @property
-    def needs_hidden_at_theta0(self) -> bool:
-        """Whether hidden states at θ₀ are needed, which only a copy of the model gives."""
-        return self.retains and bool(self.retain.hidden_layers)
+    def needs_theta0(self) -> bool:
+        """Whether a term needs whole predictions, or hidden states, at θ₀."""
+        retain = self.retains and (self.retain.logits_at_theta0 or bool(self.retain.hidden_layers))
+        return self.logits_at_theta0 or retain
 
     def prepare(self, lm: PreTrainedModel) -> None:
         """Look at the model before the run."""

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.inference import in_chunks, logprobs_of
+from wagle_pl.lm.inference import in_chunks
 from wagle_pl.objectives.objective import Objective, Schedule, positive
 from wagle_pl.objectives.retain import cross_entropy, kl_from_theta0
 from wagle_pl.objectives.streams import Streams
 
-__all__ = ["CEU", "KL", "PDU", "UNDIAL", "RandomLabel"]
+__all__ = ["CEU", "KL", "PDU", "UNDIAL"]
 
 
 class KL(Objective):
@@ -30,7 +29,7 @@ class KL(Objective):
     """
 
     by_token = True
-    logits_at_theta0 = ("forget",)
+    logits_at_theta0 = True
 
     def forget_loss(self, at: Streams) -> Tensor:
         return -kl_from_theta0(at["forget"])
@@ -51,7 +50,7 @@ class UNDIAL(Objective):
             lowers the logit of token V − 100.
     """
 
-    logits_at_theta0 = ("forget",)
+    logits_at_theta0 = True
 
     beta: float = positive(10.0)
     positions: Literal["answer", "batch"] = "answer"
@@ -114,37 +113,6 @@ class CEU(Objective):
         counted = F.pad(answers.mask.cumsum(-1) > self.skip_first, (0, 1)).take(answers.places)
         kept = (answers.length - self.skip_first).clamp(min=1)
         return answers.mean_tokens(values * counted) * answers.length / kept
-
-
-@dataclass
-class RandomLabel(Objective):
-    """Learn random tokens as the answer, as SalUn's baseline does for classes (arXiv 2310.12508).
-
-    ℓ_f = (1/|y|) Σ_t −log π(u_t|x, y_<t), u_t uniform over the vocabulary, drawn anew for each row
-    and epoch.
-
-    Args:
-        seed: of the draws.
-    """
-
-    by_token = True
-
-    seed: int = 0
-
-    def forget_loss(self, at: Streams) -> Tensor:
-        answers = at["forget"]
-        vocabulary = answers.predicted.vocabulary
-        drawn = [
-            torch.randint(vocabulary, (length,), generator=generator_of(self.seed, at.epoch, row))
-            for row, length in torch.stack([answers.rows, answers.length], 1).tolist()
-        ]
-        labels = torch.cat(drawn).to(answers.labels.device)
-        return answers.mean_tokens(-in_chunks(logprobs_of, answers.predicted, labels))
-
-
-def generator_of(*key: int) -> torch.Generator:
-    """A generator that depends on the key alone: the same draws on any device, in any batch."""
-    return torch.Generator().manual_seed(stable_seed(*key))
 
 
 @dataclass

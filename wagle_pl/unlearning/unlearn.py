@@ -167,11 +167,15 @@ class UnlearnModule(FinetuneModule):
 
     def select_weights(self, **options: Any) -> None:
         """Make the selected weights the parameters, and keep θ₀ if a term needs it."""
-        if self._needs_theta0 and self.sharded:
+        if self.objective.needs_theta0 and self.sharded:
             raise WagleError("a frozen copy of θ₀ does not work under ZeRO-3; use another stage")
         bounded = self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value"
         dense = self.clip_scope == "all" and self.mask is not None and bool(bounded)
-        options = {"keep_theta0": self._needs_theta0, "keep_dense_gradients": dense, **options}
+        options = {
+            "keep_theta0": self.objective.needs_theta0,
+            "keep_dense_gradients": dense,
+            **options,
+        }
         super().select_weights(**options)
         self._terms = TermGradients(self.selected, apart=self.step_rule is not None)
 
@@ -195,11 +199,6 @@ class UnlearnModule(FinetuneModule):
     @property
     def counted_streams(self) -> tuple[str, ...]:
         return self.streams if self.objective.average == "tokens" else ()
-
-    @property
-    def _needs_theta0(self) -> bool:
-        """Whether a term needs whole predictions, or hidden states, at θ₀."""
-        return bool(self.objective.theta0_streams) or self.objective.needs_hidden_at_theta0
 
     def on_fit_start(self) -> None:
         """Take digests of frozen weights, try the objective, and compute the references at θ₀."""
@@ -238,9 +237,8 @@ class UnlearnModule(FinetuneModule):
         return self._streams(
             batch,
             self._references.sums,
-            self.selected.at_theta0 if self._needs_theta0 else None,
+            self.selected.at_theta0 if self.objective.needs_theta0 else None,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
-            epoch=self.current_epoch,
             propagate={name: partial(self._terms.propagate, name) for name in self._by_term},
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from wagle_pl.lab.study.report.figures import PALETTE
 
@@ -11,8 +11,8 @@ Point = tuple[float, float]
 Points = Sequence[Point]
 
 # Each role of a model has a line style and a marker, too, so that its colour is not needed.
-_LINES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5)), "this": "solid"}
-_MARKERS = {"target": "s", "retrained": "D", "this": "o"}
+_LINES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5))}
+_MARKERS = {"target": "s", "retrained": "D"}
 _ARM_COLOURS = (  # visible on a light and on a dark page
     *("#d1495b", "#2a9d8f", "#3d7dd8", "#c77d1e"),
     *("#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55"),
@@ -22,34 +22,6 @@ _LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the f
 
 
 # -- forgetting against utility --------------------------------------------------------------------
-
-
-class ModelPoint(NamedTuple):
-    """A model in :func:`forget_utility`."""
-
-    x: float  # forget measure
-    y: float  # utility
-    role: str  # target, retrained or this
-    label: str  # in the legend; for "this", inside its point
-
-
-def forget_utility(models: Sequence[ModelPoint], x_label: str, y_label: str) -> Any:
-    """One point per model."""
-    figure, (axes,) = panels(4.8, 3.5)
-    for x, y, role, label in models:
-        style = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
-        if role != "this":
-            axes.plot(x, y, markersize=9, label=label, zorder=3, **style)
-            continue
-        axes.plot(x, y, markersize=13, zorder=3, **style)
-        text = {"color": PALETTE["paper"], "fontsize": 8.5, "weight": "bold", "zorder": 4}
-        axes.text(x, y, label, ha="center", va="center_baseline", **text)
-    level = next((model.x for model in models if model.role == "retrained"), None)
-    _finish(
-        axes, {}, level, bounds_of([(model.x, model.y) for model in models]), (x_label, y_label)
-    )
-    _add_legend(figure)
-    return figure
 
 
 def study_overview(
@@ -84,7 +56,13 @@ def study_overview(
                 style = {"color": _ARM_COLOURS[i], "linewidth": max(0.7, 1.6 - 0.4 * turn)}
                 style["linestyle"] = _ARM_LINES[turn % len(_ARM_LINES)]
             axes.plot(*zip(*points, strict=True), label=mask, **style)
-        _finish(axes, references, level, bounds, labels)
+        for role, (x, y) in references.items():
+            point = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
+            axes.plot(x, y, markersize=7, label=role, zorder=4, **point)
+        if level is not None:
+            line = {"color": PALETTE["retrained"], "linestyle": _LINES["retrained"]}
+            axes.axvline(level, linewidth=1, zorder=1, **line)
+        axes.set(xlim=bounds[:2], ylim=bounds[2:], xlabel=labels[0], ylabel=labels[1])
         axes.set_title(objective, fontsize=9)
     _add_legend(figure, columns=4, size=7.5)
     return figure
@@ -138,23 +116,6 @@ def bounds_of(points: Points) -> tuple[float, ...]:
         margin = 0.06 * ((high - low) or abs(high) or 1)
         ends += [low - margin, high + margin]
     return tuple(ends)
-
-
-def _finish(
-    axes: Any,
-    references: Mapping[str, Point],
-    level: Optional[float],
-    bounds: tuple[float, ...],
-    labels: tuple[str, str],
-) -> None:
-    """Draw references and the level at which utilities are compared; set limits and labels."""
-    for role, (x, y) in references.items():
-        point = {"marker": _MARKERS[role], "color": PALETTE[role], "linestyle": "none"}
-        axes.plot(x, y, markersize=7, label=role, zorder=4, **point)
-    if level is not None:
-        line = {"color": PALETTE["retrained"], "linestyle": _LINES["retrained"]}
-        axes.axvline(level, linewidth=1, zorder=1, **line)
-    axes.set(xlim=bounds[:2], ylim=bounds[2:], xlabel=labels[0], ylabel=labels[1])
 
 
 def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:

@@ -1,8 +1,7 @@
-"""Sections of a report about models: measures, figures, answers, attacks, and what made them."""
+"""Sections of a report about models: measures, masks, answers, attacks, and what made them."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
@@ -13,11 +12,9 @@ from markupsafe import Markup, escape
 
 from wagle_pl.core.environment import versions
 from wagle_pl.core.html import cell, element, exchange, facts, note, number, table
-from wagle_pl.core.text import short_number
 from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.results import BETTER, SAME, WORSE, arrow
-from wagle_pl.lab.study.report import curves
-from wagle_pl.lab.study.report.figures import figure, heatmaps, image
+from wagle_pl.lab.study.report.figures import heatmaps
 from wagle_pl.lab.study.report.sources import ReportedModel, Sources
 
 DIRECTIONS = {
@@ -30,7 +27,6 @@ _SIGNS = {
     WORSE: ("worse", "worse than"),
     SAME: ("even", "same as"),
 }
-_UTILITIES = ("model_utility", "ut_average")
 Models = Sequence[ReportedModel]
 Blocks = Iterator[Markup]  # of a section
 
@@ -103,32 +99,6 @@ def summary(sources: Sources) -> Blocks:
         yield note(Markup("{} Every measure is in {}.").format(words, link))
     else:
         yield note("Without the target model's results no arrows say what is better.")
-
-
-def tradeoff(sources: Sources) -> Blocks:
-    """Every model as a point: how much it forgot, and what it still can do."""
-    forget, utility = tradeoff_measures(sources.models)
-    if forget is None or utility is None:
-        yield note(f"The runs have no measure of {'forgetting' if forget is None else 'utility'}.")
-        return
-    points, lines = [], []
-    for model in sources.everyone:
-        x, y = (model.metrics.get(name, math.inf) for name in (forget, utility))
-        if math.isfinite(x) and math.isfinite(y):
-            label = str(model.number or model.name)
-            points.append(curves.ModelPoint(x, y, model.role, label))
-            name = f"{label} {model.name}" if model.number else label
-            lines.append(f"{name}: {forget} {short_number(x)}, {utility} {short_number(y)}")
-    if not any(point.role == "this" for point in points):
-        yield note(f"No run has a finite number for both {forget} and {utility}: no curve.")
-        return
-    info = sources.models[0].about
-    labels = [f"{name} ({DIRECTIONS[info(name).direction]})" for name in (forget, utility)]
-    title = "Forgetting against utility"
-    drawn = image(title, "; ".join(lines), curves.forget_utility, points, *labels)
-    level = " The dotted line is the retrained model's forgetting."
-    retrained = "retrained" in sources.references
-    yield figure(drawn, f"Numbers are the runs of the summary.{level if retrained else ''}")
 
 
 def masks(sources: Sources) -> Blocks:
@@ -266,7 +236,6 @@ def making(sources: Sources) -> Blocks:
 #: Sections about models: name, heading, and what makes its blocks.
 SECTIONS: tuple[tuple[str, str, Callable[[Sources], Blocks]], ...] = (
     ("summary", "Summary", summary),
-    ("tradeoff", "Forgetting against utility", tradeoff),
     ("masks", "Masks", masks),
     ("answers", "Answers", answers),
     ("robustness", "Robustness", robustness),
@@ -301,16 +270,3 @@ def lead_measures(models: Models) -> list[str]:
     forgotten = (measure_names(models, [name])[:2] for name in test_sets(models, True))
     kept = (measure_names(models, [name]) for name in test_sets(models, False))
     return [*chain(*forgotten), *[*chain(*kept)][:1], *measure_names(models, [""])]
-
-
-def tradeoff_measures(models: Models) -> tuple[Optional[str], Optional[str]]:
-    """The first measure of a set to be forgotten that is better when lower; and model utility, the
-    UT average, or the first measure of a set to be kept, preferably better when higher."""
-
-    def of_sets(forgotten: bool, direction: str) -> list[str]:
-        names = measure_names(models, test_sets(models, forgotten))
-        return [name for name in names if models[0].about(name).direction == direction]
-
-    averages = [name for name in _UTILITIES if name in measure_names(models)]
-    utilities = [*averages, *of_sets(False, "higher"), *of_sets(False, "lower")]
-    return next(iter(of_sets(True, "lower")), None), next(iter(utilities), None)
