@@ -39,7 +39,7 @@ def test_what_the_commands_write(wagle, tiny_model, rows, capsys):
     for run, folder in folders.items():
         metrics = json.loads(Path(folder, "metrics.json").read_text())
         assert {name: value for (of, name), value in found.items() if of == run} == metrics
-    assert len(list(root.all("img"))) == 2  # trade-off, mask
+    assert len(list(root.all("img"))) == 1  # the mask
     assert len(list(root.all("article"))) == 10
     assert "bit-identical" in section(root, "making").text
     assert "other weights" not in root.text

@@ -157,7 +157,7 @@ def test_logits_are_planned_in_chunks(seven):
         return parts_of(model, PlannedRun(max_length=tokens, **{**options, **other}))["logits"]
 
     assert logits(100) == 2 * 100 * model.vocabulary * (2 + fp32)
-    assert logits(2000) == logits(9000) == planning.CHUNK * (2 + fp32)
+    assert logits(2000) == logits(9000) == planning.inference.CHUNK * (2 + fp32)
     whole = logits(9000, strategy="zero3")
     assert whole == logits(9000) + 2 * 2 * 9000 * model.vocabulary * 2
 

@@ -18,14 +18,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, NamedTuple, Optional
 
-from wagle_pl.attribution import hessian as hessians
-from wagle_pl.attribution.sums import BLOCK, Sums, runs_of
+from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError, check_counts, check_density
 from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.text import fields, table
-from wagle_pl.lm.inference import CHUNK
-from wagle_pl.masks.names import layer_of
-from wagle_pl.unlearning.optim import STATE_BYTES
+
+hessians, summing = map(LazyModule, ("wagle_pl.attribution.hessian", "wagle_pl.attribution.sums"))
+inference, optim = map(LazyModule, ("wagle_pl.lm.inference", "wagle_pl.unlearning.optim"))
 
 GIB, FP32 = 1 << 30, 4
 BUCKET = 200_000_000  # most values in one of DeepSpeed's buckets (Lightning's default)
@@ -40,6 +39,7 @@ GRAPH = (FORWARD, BACKWARD)  # the moments in which one exists
 #: Precision -> bytes of a weight in memory, bytes of a matrix product's inputs and outputs.
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 PRECISIONS |= {"16-mixed": (4, 2), "16-true": (2, 2)}
+OPTIMIZERS = ("MaskedAdamW", "AdamW", "AdamW8bit", "SignSGD", "SGD")
 #: Names of strategies: of ``configs/strategy``, and Lightning's; a digit is ZeRO's stage.
 STRATEGIES: tuple[str, ...] = ("auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 STRATEGIES += tuple(f"deepspeed_stage_{end}" for end in ("1", "2", "2_offload", "3", "3_offload"))
@@ -83,6 +83,7 @@ def architecture(name: str) -> Architecture:
 
     from wagle_pl.core.weights import parameter_shapes
     from wagle_pl.lm import models
+    from wagle_pl.masks.names import layer_of
 
     full = models.load_config(name)
     try:
@@ -146,7 +147,7 @@ class PlannedRun:
     estimator: Optional[Any] = None
     diagonal: bool = False
     sums: str = "device"
-    optimizer: Literal[tuple(STATE_BYTES)] = "MaskedAdamW"  # type: ignore[valid-type]
+    optimizer: Literal[OPTIMIZERS] = "MaskedAdamW"  # type: ignore[valid-type]
     batch_size: int = 1
     max_length: int = 512
     packing: bool = False
@@ -159,7 +160,7 @@ class PlannedRun:
         counts = ("devices", "batch_size", "max_length", "accumulate_grad_batches")
         check_counts("", **{name: getattr(self, name) for name in counts})
         check_density(self.density)
-        sums = Sums.parse(self.sums)
+        sums = summing.Sums.parse(self.sums)
         if self.task == "attribution":
             run = (self.precision, self.stage, self.devices, self.estimator)
             hessians.check_run(*run, sums)
@@ -219,8 +220,10 @@ def _attribution(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     """Sums, with ``passes=K`` of the largest group of parameters; and copies of the gradient of one
     tensor: in fp32, for the sum over ranks, or on its way to the host."""
     n, m, w, ranks = model.weights, max(model.sizes), run.width, run.devices
-    host, passes = Sums.parse(run.sums)
-    share = max(sum(model.sizes[i] for i in group) for group in runs_of(model.sizes, passes))
+    host, passes = summing.Sums.parse(run.sums)
+    share = max(
+        sum(model.sizes[i] for i in group) for group in summing.runs_of(model.sizes, passes)
+    )
     where = "host" if host else "device"
     yield Part("sums of gradients", sums_per_weight(run) * share / ranks, MOMENTS, where)
     copies: float = w * host + FP32 * (w < FP32 and (ranks > 1 or not host))
@@ -231,7 +234,7 @@ def _attribution(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     yield Part("buckets of DDP, unused", n * w * ddp)
     temporaries = run.estimator.temporaries if run.estimator else 0
     yield Part("tensors of the Hessian estimate", temporaries * n * w, (BACKWARD,))
-    yield Part("scores of one tensor", FP32 * (m + 6 * min(m, BLOCK)), (STEP,))  # in blocks
+    yield Part("scores of one tensor", FP32 * (m + 6 * min(m, summing.BLOCK)), (STEP,))  # in blocks
 
 
 def _training(model: Architecture, run: PlannedRun) -> Iterator[Part]:
@@ -253,7 +256,7 @@ def _training(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     yield Part("values", FP32 * s * values)
     yield Part("gradients", FP32 * s, MOMENTS if values or several or by_term else (STEP,))
     yield Part("gradient of a term", FP32 * s * (by_term and several), (FORWARD,))
-    yield Part("optimiser state", STATE_BYTES[run.optimizer] * s)
+    yield Part("optimiser state", optim.STATE_BYTES[run.optimizer] * s)
     yield Part("step", FP32 * s * (run.optimizer == "AdamW" and gpu), (STEP,))  # torch's has a copy
     yield Part("buckets of DDP", FP32 * s * (run.devices > 1))
 
@@ -269,7 +272,7 @@ def _zero(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     s, sharded = n * run.moving, run.stage == 3
     share, bucket, where = s / ranks, min(BUCKET, s), "host" if run.offload else "device"
     yield Part("fp32 values", FP32 * share, MOMENTS, where)
-    yield Part("optimiser state", STATE_BYTES[run.optimizer] * share, MOMENTS, where)
+    yield Part("optimiser state", optim.STATE_BYTES[run.optimizer] * share, MOMENTS, where)
     yield Part("values", w * (share if sharded else s) * run.masked)
     yield Part("buckets", w * bucket * (2 if sharded else 3), (BACKWARD,))
     yield Part("gradients of the step", FP32 * share, (STEP,), where)
@@ -297,7 +300,7 @@ def _passes(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     w, c, tokens = run.width, PRECISIONS[run.precision][1], run.batch_size * run.max_length
     testing, joined = run.task == "test", tokens if run.packing else run.max_length
     again = run.gradient_checkpointing and not testing
-    passes = Sums.parse(run.sums).passes if run.task == "attribution" else 1
+    passes = summing.Sums.parse(run.sums).passes if run.task == "attribution" else 1
     seen = c * joined * (run.packing or run.batch_size > 1)
     block = tokens * (block_bytes(model, w, c, 1 / passes) + seen)
     kept = tokens * model.hidden * w if again else block
@@ -307,8 +310,8 @@ def _passes(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     gradients = max(w * max(model.sizes), 2 * c * tokens * model.inner) * (not testing)
     yield Part("backward pass of a block", block * again + gradients, (BACKWARD,))
     numbers = run.streams * tokens * model.vocabulary
-    logits = min(numbers, CHUNK) * ((9 if run.frozen_copy else 3) * FP32 + c * (c < FP32))
-    whole = 2 * numbers * c * (run.stage == 3 and not testing and numbers > CHUNK)
+    logits = min(numbers, inference.CHUNK) * ((9 if run.frozen_copy else 3) * FP32 + c * (c < FP32))
+    whole = 2 * numbers * c * (run.stage == 3 and not testing and numbers > inference.CHUNK)
     yield Part("logits", logits + whole, (FORWARD,))
     yield Part("cache of a generation", 2 * model.layers * model.keys * tokens * c * testing)
     narrow = MOMENTS if run.masked else (FORWARD,) if again else GRAPH
@@ -357,9 +360,9 @@ def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, floa
         return {}
     if run.task == "attribution":
         files = {"mask": weights / 8, "checkpoint": FP32 * (2 + run.diagonal) * weights}
-        passes = Sums.parse(run.sums).passes
+        passes = summing.Sums.parse(run.sums).passes
         return files | ({"sums": files["checkpoint"]} if passes > 1 else {})
-    kept = (FP32 + STATE_BYTES[run.optimizer]) * weights * run.moving
+    kept = (FP32 + optim.STATE_BYTES[run.optimizer]) * weights * run.moving
     return {"checkpoint": kept, "model": weights * stored}
 
 
