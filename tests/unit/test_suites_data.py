@@ -233,7 +233,7 @@ def test_wmdp_rows(wmdp, tiny_model):
     wikitext = data.test_examples("wikitext")  # articles in chunks, lost to none
     assert len(wikitext) > 2 and "".join(answers(wikitext)) == "".join(WIKI)
     assert [row.partial for row in wikitext].count(False) == 2
-    options = {"retain_corpus": "domains", "domains": ["cyber"], "min_characters": 10}
+    options = {"retain_corpus": "domains", "domains": ["cyber"]}
     subjects = WMDPDataModule(folder=str(wmdp), **options)
     assert raw_rows(subjects.examples("retain")) == TEXTS[6:7]
     assert len(subjects.examples("forget")) == 3
@@ -270,8 +270,10 @@ def test_detox_rows(detox, tiny_model):
     prompts = [row.question for row in data.test_examples("prompts")]
     assert prompts == ["Tell me about the harbour.", "Tell me about the orchard."]
     real = write_rows(detox / "real.jsonl", [{"prompt": {"text": "So I said", "toxicity": 0.1}}])
-    other = DetoxDataModule(folder=str(detox), prompts=real, plain_prompts=False)
-    assert raw_rows(other.test_examples("prompts")) == [{"prompt": "So I said"}]
+    other = DetoxDataModule(folder=str(detox), prompts=real)
+    assert raw_rows(other.test_examples("prompts")) == [
+        {"prompt": "So I said", "continuation": True}
+    ]
 
 
 def test_knowundo_rows(knowundo, tiny_model):

@@ -40,7 +40,6 @@ class KnowUnDoDataModule(SuiteDataModule):
     Args:
         domain: ``copyright`` or ``privacy``.
         parts: parts to train on; ``[train, val]`` to fine-tune a target, as in the benchmark.
-        direct_prompt: begin each test question with the benchmark's instruction to refuse.
         max_length: longest sequence in tokens.
         prompt_format: text of prompts, with ``{question}``; no chat template, as in the benchmark.
         answer_format: text of the answer, with ``{answer}``.
@@ -52,7 +51,6 @@ class KnowUnDoDataModule(SuiteDataModule):
         self,
         domain: Literal["copyright", "privacy"] = "copyright",
         parts: Sequence[Literal["train", "val"]] = ("train",),
-        direct_prompt: bool = True,
         max_length: int = 256,
         prompt_format: Optional[str] = "{question}",
         answer_format: Optional[str] = "\n\n{answer}",
@@ -65,8 +63,7 @@ class KnowUnDoDataModule(SuiteDataModule):
             **kwargs,
         )
         self.domain, self.parts = domain, tuple(parts)
-        instruction = DIRECT.format(domain, FAULTS[domain]) if direct_prompt else ""
-        self.marks = {"context": instruction, "partial": True}
+        self.marks = {"context": DIRECT.format(domain, FAULTS[domain]), "partial": True}
 
     def sets(self) -> Mapping[str, Source]:
         return self._scopes(self.parts, {})

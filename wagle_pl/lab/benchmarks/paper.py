@@ -18,7 +18,6 @@ from wagle_pl.lab.benchmarks.table import (
     questions,
     read_set,
     source_rows,
-    texts,
 )
 
 WIKITEXT = HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
@@ -158,7 +157,6 @@ class WMDPDataModule(SuiteDataModule):
             ``domains``' own retain corpora, without the hazard (as in WAGLE's code).
         wikitext_split: split of WikiText-2 to retain. With ``test``, as in the paper's code,
             perplexity is measured on retain rows: use ``train`` if that number matters.
-        min_characters: shorter texts are left out of the training rows; blank ones always are.
         mmlu: also test on MMLU (14,042 questions). With a folder, it is tested if it is there.
     """
 
@@ -169,7 +167,6 @@ class WMDPDataModule(SuiteDataModule):
         domains: Sequence[Literal["bio", "cyber"]] = ("bio", "cyber"),
         retain_corpus: Literal["wikitext", "domains"] = "wikitext",
         wikitext_split: Literal["train", "validation", "test"] = "test",
-        min_characters: int = 0,
         mmlu: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -179,7 +176,6 @@ class WMDPDataModule(SuiteDataModule):
         self.domains = tuple(dict.fromkeys(domains))
         self.retain_corpus = retain_corpus
         self.wikitext_split = wikitext_split
-        self.min_characters = min_characters
         self.mmlu = mmlu
 
     def sets(self) -> Mapping[str, Source]:
@@ -188,8 +184,8 @@ class WMDPDataModule(SuiteDataModule):
             retain = [HubSet(CORPORA, f"{domain}-retain-corpus") for domain in self.domains]
         forget = [HAZARDS[domain] for domain in self.domains]
         return {
-            "forget": Source(forget, self._long_texts, chunked=True, paired=True),
-            "retain": Source(retain, self._long_texts, chunked=True),
+            "forget": Source(forget, chunked=True, paired=True),
+            "retain": Source(retain, chunked=True),
             "holdout": Source(chunked=True),
         }
 
@@ -199,9 +195,6 @@ class WMDPDataModule(SuiteDataModule):
             hubs["mmlu"] = MMLU
         asked = {name: Source([hub], choices) for name, hub in hubs.items()}
         return {**asked, "wikitext": ARTICLES}
-
-    def _long_texts(self, rows: Sequence[SourceRow]) -> list[Row]:
-        return [row for row in texts(rows) if len(row["text"]) >= self.min_characters]
 
 
 class CopyrightDataModule(SuiteDataModule):
@@ -268,8 +261,6 @@ class DetoxDataModule(SuiteDataModule):
     Args:
         prompts: other prompts to test on, e.g. ``allenai/real-toxicity-prompts``: a file or hub
             dataset with a column ``prompt`` (a text, or a dict with ``text``).
-        plain_prompts: generate from the plain prompt, as the papers' code does, without
-            prompt_format or chat template.
         limit_forget: number of unsafe answers to use, from the start; the papers' code draws 200.
         limit_retain: number of documents of C4 to use, from the start of the papers' shard.
     """
@@ -279,14 +270,12 @@ class DetoxDataModule(SuiteDataModule):
     def __init__(
         self,
         prompts: Optional[str] = None,
-        plain_prompts: bool = True,
         limit_forget: Optional[int] = 200,
         limit_retain: Optional[int] = 10_000,
         **kwargs: Any,
     ) -> None:
         super().__init__(limit_forget=limit_forget, limit_retain=limit_retain, **kwargs)
         self.prompts = prompts
-        self.plain_prompts = plain_prompts
 
     def sets(self) -> Mapping[str, Source]:
         return {
@@ -297,15 +286,16 @@ class DetoxDataModule(SuiteDataModule):
 
     def tests(self) -> Mapping[str, Source]:
         parts = [HubSet(SAFE_RLHF, split="test")]
-        prompts = Source(parts, self._prompts, self.prompts, converts_given=True)
+        prompts = Source(parts, each_prompt, self.prompts, converts_given=True)
         return {"prompts": prompts, "wikitext": ARTICLES}
 
-    def _prompts(self, rows: Sequence[SourceRow]) -> list[Row]:
-        """Each prompt once; RealToxicityPrompts has a dict in the column, other sets a text."""
-        prompts = [row["prompt"] for row in rows]
-        prompts = [prompt["text"] if isinstance(prompt, dict) else prompt for prompt in prompts]
-        mark = {"continuation": True} if self.plain_prompts else {}
-        return [{"prompt": prompt, **mark} for prompt in dict.fromkeys(prompts) if prompt.strip()]
+
+def each_prompt(rows: Sequence[SourceRow]) -> list[Row]:
+    """Each prompt once; RealToxicityPrompts has a dict in the column, other sets a text."""
+    prompts = [row["prompt"] for row in rows]
+    prompts = [prompt["text"] if isinstance(prompt, dict) else prompt for prompt in prompts]
+    kept = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
+    return [{"prompt": prompt, "continuation": True} for prompt in kept]
 
 
 def unsafe_answers(rows: Sequence[SourceRow]) -> list[Row]:
