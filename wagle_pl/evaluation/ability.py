@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ import torch
 from wagle_pl.core import distributed
 from wagle_pl.core.environment import errors_only
 from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.files import plainly_local
+from wagle_pl.core.registry import did_you_mean
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.records import Info, Value
 
@@ -74,9 +75,8 @@ class Harness:
             raise WagleError(f"{option}: it names no task")
         folders = [task for task in entries if Path(task).is_dir()]
         names = [task for task in entries if task not in folders]
-        for name in names:
-            if name.startswith((".", "/", "~")) or name.endswith("/"):
-                raise WagleError(f"{option}: folder {name} does not exist")
+        if absent := [name for name in names if plainly_local(name) or name.endswith("/")]:
+            raise WagleError(f"{option}: folder {absent[0]} does not exist")
         with errors_only("lm_eval"):
             self.manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
             for folder in folders:
@@ -87,9 +87,8 @@ class Harness:
                 names += folder_tasks
         for name in names:
             if not self.manager.match_tasks([name]):
-                near = difflib.get_close_matches(name, self.manager.all_tasks, 3)
-                hint = f"; did you mean {' or '.join(near)}?" if near else ""
-                raise WagleError(f"{option}: lm-evaluation-harness has no task {name!r}{hint}")
+                hint = did_you_mean(name, self.manager.all_tasks)
+                raise WagleError(f"{option}: lm-evaluation-harness has no task {name!r}", hint=hint)
         self.tasks = tuple(dict.fromkeys(self.manager.match_tasks(names)))
         self.shots, self.limit, self.option = shots, limit, option
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Literal, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from wagle_pl.evaluation.records import Info
 from wagle_pl.lm.inference import generate
 
 LEAST_ROWS = 4  # per side; with fewer there is nothing to hold out
+FOLDS = 5  # parts of a probe's cross-validation
+STRENGTH = 1.0  # of a probe's ridge penalty, see :func:`ridge`
 
 
 @dataclass(eq=False)
@@ -119,19 +121,15 @@ class Probe(Attack):
     ``accuracy`` is that of the best layer, which exceeds 0.5 partly by chance: compare it with the
     retrained model's.
 
+    ``answers``: right ones (paraphrased, if there are any) from perturbed ones to forget rows.
+    ``rows``: forget rows from holdout rows or, if these are too few, retain rows.
+
     Args:
-        tell: right (paraphrased, if there are any) from perturbed ``answers`` to forget rows;
-            forget ``rows`` from holdout rows or, if these are too few, retain rows; or ``both``.
         rows: at most this many on each side, drawn at random.
-        folds: number of parts in the cross-validation.
-        strength: of the ridge penalty, see :func:`ridge`.
         seed: of the draw and the folds.
     """
 
-    tell: Literal["answers", "rows", "both"] = "both"
     rows: int = 100
-    folds: int = 5
-    strength: float = 1.0
     seed: int = 0
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
@@ -143,16 +141,10 @@ class Probe(Attack):
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
-        if self.rows < LEAST_ROWS or self.folds < 2 or self.strength <= 0:
-            message = f"rows must be at least {LEAST_ROWS}, folds at least 2, strength above 0"
-            raise WagleError(f"probe: {message}")
+        if self.rows < LEAST_ROWS:
+            raise WagleError(f"probe.rows: must be at least {LEAST_ROWS}, got {self.rows}")
         if not self._answer_rows(subject) and not self._sides(subject)[0]:
-            answers = "rows to be forgotten with perturbed answers"
-            what = {
-                "answers": answers,
-                "rows": "forget rows and as many holdout (--data.holdout) or retain rows",
-                "both": f"{answers}, nor as many holdout or retain rows",
-            }[self.tell]
+            what = "rows to be forgotten with perturbed answers, nor as many holdout or retain rows"
             raise self.unusable(f"there are no {LEAST_ROWS} {what}")
 
     def _draw(self, rows: Sequence[Example]) -> list[Example]:
@@ -162,14 +154,14 @@ class Probe(Attack):
     def _answer_rows(self, subject: Subject) -> list[Example]:
         """Rows whose right and wrong answers are distinguished; none if there are too few."""
         rows = [row for row in subject.forget_rows if row.perturbed_answers]
-        return self._draw(rows) if self.tell != "rows" and len(rows) >= LEAST_ROWS else []
+        return self._draw(rows) if len(rows) >= LEAST_ROWS else []
 
     def _sides(self, subject: Subject) -> tuple[list[Example], list[Example], str]:
         """Forget rows, rows to compare them with, and the latter's stream; no rows if too few."""
         trained = subject.training("forget") or []
         known = texts_of(trained)
         forget = self._draw([r for r in trained or subject.forget_rows if r.kind != "prompt"])
-        for stream in ("holdout", "retain") if self.tell != "answers" else ():
+        for stream in ("holdout", "retain"):
             rows = [row for row in subject.training(stream) or [] if row.kind != "prompt"]
             others = self._draw([row for row in rows if not row.texts & known])
             if min(len(forget), len(others)) >= LEAST_ROWS:
@@ -179,11 +171,11 @@ class Probe(Attack):
     def _probe_answers(self, subject: Subject, rows: Sequence[Example]) -> Iterator[Finding]:
         answers = [[row.paraphrased_answer or row.answer, *row.perturbed_answers] for row in rows]
         texts = [(row, text) for row, answer in zip(rows, answers, strict=True) for text in answer]
-        sizes, folds = [len(answer) for answer in answers], min(self.folds, len(rows))
+        sizes, folds = [len(answer) for answer in answers], min(FOLDS, len(rows))
 
         def order(layer: Tensor) -> float:
             differences = [of_row[:1] - of_row[1:] for of_row in layer.split(sizes)]
-            return order_answers(differences, self.strength, folds, self.seed)
+            return order_answers(differences, STRENGTH, folds, self.seed)
 
         before = None
         if subject.tables is not None:
@@ -196,10 +188,10 @@ class Probe(Attack):
     def _probe_rows(
         self, subject: Subject, forget: list[Example], others: list[Example], stream: str
     ) -> Iterator[Finding]:
-        count, folds = len(forget), min(self.folds, len(forget), len(others))
+        count, folds = len(forget), min(FOLDS, len(forget), len(others))
 
         def tell(layer: Tensor) -> float:
-            return separate(layer[:count], layer[count:], self.strength, folds, self.seed)
+            return separate(layer[:count], layer[count:], STRENGTH, folds, self.seed)
 
         before = None
         if subject.tables is not None:
