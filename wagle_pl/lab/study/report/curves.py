@@ -8,7 +8,6 @@ from typing import Any, Optional
 from wagle_pl.lab.study.report.figures import PALETTE
 
 Point = tuple[float, float]
-Points = Sequence[Point]
 
 # Each role of a model has a line style and a marker, too, so that its colour is not needed.
 _LINES = {"target": (0, (5, 2)), "retrained": (0, (1.5, 1.5))}
@@ -25,7 +24,7 @@ _LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the f
 
 
 def study_overview(
-    arms: Mapping[str, Mapping[str, Points]],
+    arms: Mapping[str, Mapping[str, Sequence[Point]]],
     first: str,
     references: Mapping[str, Point],
     level: Optional[float],
@@ -108,7 +107,7 @@ def panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def bounds_of(points: Points) -> tuple[float, ...]:
+def bounds_of(points: Sequence[Point]) -> tuple[float, ...]:
     """Smallest x, largest x, smallest y and largest y, with a margin."""
     ends: list[float] = []
     for values in zip(*points, strict=True):

@@ -123,12 +123,9 @@ def heatmaps(masks: Mapping[str, WeightMask]) -> Markup:
 def mask_heatmap(
     grids: Mapping[str, Grid], title: Optional[str] = None, scale_to: Optional[float] = None
 ) -> Any:
-    """Heat map of the share of selected weights by layer × module type.
-
-    One panel per mask, by its title, with one colour scale for all, up to ``scale_to`` or the largest
-    share. What lies outside the layers (embeddings, final norm, output head) is in a separate row
-    below. Cells of modules that a layer lacks are grey.
-    """
+    """Heat map of the share of selected weights by layer × module type: a panel per mask, by its
+    title, and one colour scale, up to ``scale_to`` or the largest share. Embeddings, final norm and
+    output head are a row below the layers; cells of modules that a layer lacks are grey."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 

@@ -119,7 +119,8 @@ def answers(sources: Sources) -> Blocks:
     after = [(f"after: {model.name}", model) for model in sources.models]
     models = [("before: target", target), *after, ("retrained", retrained)]
     models = [(label, model) for label, model in models if model is not None]
-    for test_set in dict.fromkeys(name for m in sources.models for name in telling_sets(m)):
+    sets = [(*test_sets([m], True), *test_sets([m], False)[:1]) for m in sources.models]
+    for test_set in dict.fromkeys(chain(*sets)):
         records_of = {label: model.generations(test_set) for label, model in models}
         asked = next((list(records_of[label]) for label, _ in after if records_of[label]), [])
         chosen = spread(asked, sources.examples)
@@ -258,11 +259,6 @@ def test_sets(models: Models, forgotten: bool) -> list[str]:
     names = dict.fromkeys(name for model in models for name in model.sets)
     chosen = [name for name in names if models[0].suite.forgets(name) == forgotten]
     return sorted(chosen, key=lambda name: not name.startswith("retain"))
-
-
-def telling_sets(model: ReportedModel) -> list[str]:
-    """The test sets that are to be forgotten, and the first one that is not."""
-    return [*test_sets([model], True), *test_sets([model], False)[:1]]
 
 
 def lead_measures(models: Models) -> list[str]:

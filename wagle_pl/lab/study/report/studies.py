@@ -32,8 +32,8 @@ def study_blocks(study: StudyResults) -> Blocks:
     summary, (forget, utility) = study.summary, study.axes
     runs = {row["run"]: row for row in sorted(study.rows, key=itemgetter("step"))}  # the last tests
     runs = {run: runs[run] for run in dict.fromkeys(row["run"] for row in study.rows)}
-    names = ("objective", "mask", "lr", "seed")
-    tried = {name: sorted({row[name] for row in study.rows}, key=str) for name in names}
+    axes = ("objective", "mask", "lr", "seed")
+    tried = {name: sorted({row[name] for row in study.rows}, key=str) for name in axes}
     yield facts(
         [
             ("folder", element("code", str(study.folder))),
