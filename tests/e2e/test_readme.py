@@ -12,12 +12,14 @@ from typing import Any
 import forked
 import pytest
 import torch
+from helpers import random_bools
 from torch import Tensor
 
 from wagle_pl import WeightMask
 from wagle_pl.api.verdict import Asked, Scores, judge
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.parser import find
+from wagle_pl.core.weights import parameter_shapes
 from wagle_pl.data.people import bundled
 from wagle_pl.lm.models import load_model
 
@@ -212,3 +214,23 @@ def test_every_option_of_the_readme_exists(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main([*command, "--print_config"])
         assert not ended.value.code, (command, capsys.readouterr().err)
+
+
+def test_a_mask_in_the_trainer_of_transformers(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's code: every selected weight moves, with weight decay and clipping, and no other does."""
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    page = (README.parent / "configs/own/README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    lm, before = load_model(tiny_model), load_model(tiny_model)
+    mask = WeightMask.from_bools(random_bools(parameter_shapes(lm), 0.3))
+    mask.save("mask")
+    ids = list(range(20))
+    exec(code, {"lm": lm, "rows": [{"input_ids": ids, "labels": ids}] * 8})
+    for (name, after), (_, weight) in zip(
+        lm.named_parameters(), before.named_parameters(), strict=True
+    ):
+        assert torch.equal(after != weight, mask[name]), name
