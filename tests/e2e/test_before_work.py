@@ -85,7 +85,7 @@ def test_an_objective_of_another_shape_is_refused(
     assert not passes and not Path("out").exists()
 
 
-@pytest.mark.parametrize("objective", ["DPO", "UNDIAL", "RMU"])
+@pytest.mark.parametrize("objective", ["DPO", "UNDIAL", "RMU", "RandomLabel"])
 def test_the_trial_changes_no_bit(
     wagle: Any, dropping_model: str, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:

@@ -14,20 +14,19 @@ from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.rows import load_rows
 from wagle_pl.evaluation import (
     Evaluation,
-    Observations,
     Options,
     Results,
     Suite,
     SuiteSet,
     evaluate,
     find_suite,
+    tofu_model_utility,
 )
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.attacks import Relearn
 from wagle_pl.evaluation.classifiers import ToxicityClassifier
 from wagle_pl.evaluation.observe import NEEDS
 from wagle_pl.evaluation.records import attempt
-from wagle_pl.evaluation.tofu_result import from_result
 from wagle_pl.lm.models import load_model, load_tokenizer
 from wagle_pl.lm.module import warn_of_narrow_types
 from wagle_pl.unlearning import UnlearnModule
@@ -81,8 +80,7 @@ def test_metrics_tables_and_result_file(wagle, args, four, rows, tmp_path):
     assert all(len(record["perturbed_nll"]) == 5 for record in records)
     expected = np.mean([math.exp(-record["nll"]) for record in records])
     assert metrics["forget/probability"] == pytest.approx(expected, rel=1e-6)
-    written = from_result(Results.read(tmp_path / "out").tofu)
-    utility = find_suite("tofu").measures(Observations(written))["model_utility"]
+    utility = tofu_model_utility(Results.read(tmp_path / "out").tofu)
     assert metrics["model_utility"] == pytest.approx(utility)
     again = wagle(*args(four, "--model.retrained out", output="b"))
     assert again.model.metrics["forget_quality"] == 1.0

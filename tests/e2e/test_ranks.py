@@ -244,6 +244,7 @@ OBJECTIVES = {
     "KL": ("--optimizer.eps 1e-5", "ddp"),
     "RMU": ("--model.objective.layer 1", "zero2"),
     "L1Sparse": ("--model.objective.alpha 1e-3", "zero2"),
+    "RandomLabel": ("", "ddp"),
     "DPO": ("--model.objective.retain_weight linear:2->0.5", "zero2"),
     "LoRA": ("--model.adapter LoRA", "zero2"),
     "PDU": ("--model.objective.epsilon 5.5 --model.objective.dual_warmup 0", "ddp"),

@@ -107,6 +107,7 @@ def test_the_same_weights_with_another_configuration_are_another_model(
         ("DPO",),
         ("UNDIAL",),
         ("KL", RETAIN_KL, "--model.objective.forget_weight", "linear:0->1"),
+        ("RandomLabel",),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one(

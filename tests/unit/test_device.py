@@ -37,8 +37,8 @@ FORGET, RETAIN = (
 )
 #: Times a step waits for the host; what it reads of the device has been copied a step before.
 WAITS_OF_A_STEP = 0
-#: What waits once nevertheless: PDU's weight of the next step depends on the losses.
-WAITING = ("PDU",)
+#: What waits once nevertheless: PDU's weight of the next step depends on the losses, RandomLabel draws on the host.
+WAITING = ("PDU", "RandomLabel")
 
 
 def data() -> ForgetRetainDataModule:
@@ -168,7 +168,7 @@ def _objective(name: str, **options: Any) -> dict[str, Any]:
     [
         *((_objective(name), {}) for name in ("GradDiff", "GradAscent", "PO", "SimNPO", "DPO")),
         *((_objective(name), {}) for name in ("UNDIAL", "WGA", "CEU", "SatImp", "L1Sparse")),
-        *((_objective(name), {}) for name in ("FineTune", "KL")),
+        *((_objective(name), {}) for name in ("RandomLabel", "FineTune", "KL")),
         (_objective("RMU", layer=1, steering=5.0), {}),
         (_objective("PDU", epsilon=0.3), {}),
         (_objective("NPO", retain="KL"), {}),

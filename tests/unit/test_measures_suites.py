@@ -22,6 +22,7 @@ from wagle_pl.evaluation import (
     Undefined,
     find_suite,
     observe_set,
+    tofu_forget_quality,
 )
 from wagle_pl.evaluation.attacks.weights import finetune_
 from wagle_pl.evaluation.membership import MEMBERSHIP_NEEDS, SCORES
@@ -226,6 +227,20 @@ def test_forget_quality_of_tofu_s_script_is_marked_and_only_on_request(tofu_tabl
     assert "it lacks 7 of 7" in str(found["forget_quality"])
     what = find_suite("tofu").info("tofu/forget_quality").what
     assert "no questions are compared (TOFU's script)" in what
+
+
+def test_forget_quality_needs_questions(tofu_tables):
+    """If rows are compared at all."""
+    ours = to_result(tofu_tables)
+    log = ours["eval_log_forget.json"].items()
+    unnamed = {"eval_log_forget.json": {name: c for name, c in log if name != "generated_text"}}
+    for other, message in (
+        (unnamed, "a result does not hold its questions"),
+        ({}, "perturbed answers on both models' forget sets: the test set has no rows"),
+    ):
+        with pytest.raises(WagleError, match=message):
+            tofu_forget_quality(ours, other)
+    assert tofu_forget_quality(ours, unnamed, compare_rows=False) == 1
 
 
 def test_results_that_cannot_be_read(tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wagle_pl import objectives as o
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import deal
 from wagle_pl.lm import inference
@@ -31,6 +32,7 @@ from wagle_pl.objectives.retain import RetainTerm
 
 STREAMS = ("forget", "refusal", "retain", "alternate")
 LAYER = 1
+EPOCH = 3
 
 Row = SimpleNamespace  # one row of one stream in float64: its tensors as attributes
 Data = dict[str, dict[str, Tensor]]
@@ -100,7 +102,7 @@ def streams(data: Data, progress: float = 0.0) -> Streams:
         now["suffix"] = ""
 
     known = {s: torch.zeros(99).scatter(0, t["row"], t["reference"]) for s, t in data.items()}
-    return Streams(data, run, known, lm, (LAYER,), at_theta0, progress=progress)
+    return Streams(data, run, known, lm, (LAYER,), at_theta0, progress=progress, epoch=EPOCH)
 
 
 def leaves(data: Data, dtype: torch.dtype) -> tuple[Data, list[Tensor]]:
@@ -175,6 +177,13 @@ def ceu(row: Row, skip: int) -> Tensor:
     return mean(values) if values else row.logits.sum() * 0
 
 
+def random_label(row: Row, seed: int) -> Tensor:
+    found = tokens(row)
+    generator = torch.Generator().manual_seed(stable_seed(seed, EPOCH, int(row.row)))
+    drawn = torch.randint(len(found[0][0]), (len(found),), generator=generator)
+    return -mean([now[u] for (now, _, _), u in zip(found, drawn, strict=True)])
+
+
 def weighted(row: Row, weight: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean of log-probabilities times a weight of the probability, without its gradient."""
     return mean([now[y] * weight(now[y].exp().detach()) for now, _, y in tokens(row)])
@@ -220,6 +229,7 @@ CASES: dict[str, tuple[Objective, Any, Any]] = {
     "CEU all": (o.CEU(0), lambda f, r: ceu(f, 0), nll),
     "WGA": (o.WGA(0.8), lambda f, r: weighted(f, lambda p: p**0.8), nll),
     "SatImp": (o.SatImp(5.0, 1.0), lambda f, r: weighted(f, lambda p: p**5 * (1 - p)), nll),
+    "RandomLabel": (o.RandomLabel(seed=4), lambda f, r: random_label(f, 4), nll),
     "RMU": (
         o.RMU(LAYER, 6.5),
         lambda f, r: hidden_mse(f, o.RMU(LAYER, 6.5).control(6).double().expand_as(f.hidden)),
@@ -343,6 +353,17 @@ def test_the_dual_weight_of_pdu_follows_the_violation() -> None:
     other = o.PDU(2.0)
     other.load_state_dict(objective.state_dict())
     assert other.dual == objective.dual == pytest.approx(dual)
+
+
+def test_random_labels_depend_on_seed_row_and_epoch_alone() -> None:
+    data = random_data(4, 9, 50, seed=3)
+    values = o.RandomLabel().forget_loss(streams(data))
+    backwards = streams(pick(data, torch.arange(4).flip(0)))
+    torch.testing.assert_close(o.RandomLabel().forget_loss(backwards).flip(0), values)
+    later = streams(data)
+    later.epoch += 1
+    assert not torch.allclose(o.RandomLabel().forget_loss(later), values)
+    assert not torch.allclose(o.RandomLabel(seed=1).forget_loss(streams(data)), values)
 
 
 def test_rmu_steers_along_one_fixed_direction() -> None:

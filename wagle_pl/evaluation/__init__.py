@@ -9,6 +9,7 @@ from wagle_pl.evaluation.records import MEASURES, Info, Observations, Records, m
 from wagle_pl.evaluation.results import Results
 from wagle_pl.evaluation.suite import Suite, SuiteSet
 from wagle_pl.evaluation.suites import find_suite
+from wagle_pl.evaluation.tofu import tofu_forget_quality, tofu_model_utility
 
 __all__ = [
     "MEASURES",
@@ -29,4 +30,6 @@ __all__ = [
     "find_suite",
     "measure",
     "observe_set",
+    "tofu_forget_quality",
+    "tofu_model_utility",
 ]

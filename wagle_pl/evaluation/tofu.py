@@ -1,4 +1,4 @@
-"""TOFU's suite with the averages of WAGLE's tables."""
+"""TOFU's suite with the averages of WAGLE's tables, and TOFU's numbers from result files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.measures import MEMORISATION, option_probability
@@ -22,8 +23,9 @@ from wagle_pl.evaluation.records import (
     measure,
     needs_of,
 )
+from wagle_pl.evaluation.results import differing, pairs_of
 from wagle_pl.evaluation.suite import Averages, Suite, SuiteSet
-from wagle_pl.evaluation.tofu_result import OPTION_SETS, Table
+from wagle_pl.evaluation.tofu_result import OPTION_SETS, Result, Table, from_result
 
 UTILITY_SETS = ("retain", *OPTION_SETS)
 TOFU_MEASURES = ("probability", "rougeL_recall", "truth_ratio")
@@ -164,3 +166,43 @@ def _paraphrased(seen: Observations, name: str) -> Records:
         for record in seen.table(name)
     ]
     return Records(table, form="arithmetic")
+
+
+# -- TOFU's numbers from result files, ours and the ones published with the benchmark -------------
+
+
+def tofu_model_utility(result: Result, form: F.TruthRatioForm = "geometric") -> float:
+    """Model utility: harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real
+    authors and world facts (TOFU, section 2.2); a WagleError says which is missing."""
+    seen = Observations(from_result(result), truth_ratio_form=form)
+    utility = TOFUSuite().measures(seen)["model_utility"]
+    if isinstance(utility, Undefined):
+        raise WagleError(f"model utility is undefined: {utility}")
+    return utility
+
+
+def tofu_forget_quality(
+    result: Result,
+    retrained: Result,
+    form: F.TruthRatioForm = "geometric",
+    compare_rows: bool = True,
+) -> float:
+    """Forget quality: p-value of a Kolmogorov–Smirnov test between the forget rows' truth ratios of
+    a model and of the retrained model (TOFU, section 2.2).
+
+    ``compare_rows`` refuses results on other questions and answers; their order does not matter.
+    Without it, this is TOFU's own number: its script takes whatever forget rows each result holds.
+    """
+    tables = [from_result(side).get("forget", []) for side in (result, retrained)]
+    try:
+        ratios = [Records(table, form=form).truth_ratios() for table in tables]
+    except Undefined as error:
+        why = "forget quality needs perturbed answers on both models' forget sets"
+        raise WagleError(f"{why}: {error}") from None
+    pairs = [pairs_of(table) for table in tables]
+    if compare_rows and not all(question for rows in pairs for question, _ in rows):
+        why = "a result does not hold its questions (generated_text)"
+        raise WagleError(f"forget quality compares questions; {why}")
+    if compare_rows and (count := differing(*pairs)):
+        raise WagleError(f"the retrained model's result is on other forget rows: {count} differ")
+    return F.ks_test(*ratios)[1]

@@ -54,6 +54,7 @@ class Answers:
     places: Tensor  # (N,) positions of these predictions in the flattened (B, T)
     #: (B,) summed log-probability at θ₀; only for streams in the objective's ``references``.
     reference: Optional[Tensor] = None
+    rows: Optional[Tensor] = None  # (B,) index of each row in its set, if known
     #: Block -> (B, T, d), its output; only for the objective's ``hidden_layers``.
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     #: Computes the same answers at θ₀, see :attr:`theta0`.
@@ -148,6 +149,7 @@ class Streams(Mapping[str, Answers]):
     #: Gives a context in which ``run`` runs the model at θ₀.
     theta0: Optional[Callable[[], AbstractContextManager[Any]]] = None
     progress: float = 0.0  # share of the run's steps that is done, 0 at the first, 1 at the last
+    epoch: int = 0  # counted from 0
     logits_of: Collection[str] = ()  # streams for which a term needs logits at every position
     #: Term of the objective -> computes its gradient at once, and returns what stands for the term
     #: in the loss; other terms are propagated with the loss.
@@ -172,8 +174,9 @@ class Streams(Mapping[str, Answers]):
             return Answers(predicted, labels, tensors["places"], hidden=hidden)
 
         answers = self._answers[stream] = ask(nullcontext)
+        answers.rows = tensors.get("row")
         if stream in self.references:
-            answers.reference = self.references[stream].to(labels.device)[tensors["row"]]
+            answers.reference = self.references[stream].to(labels.device)[answers.rows]
         if self.theta0 is not None:
             answers.run_theta0 = partial(ask, self.theta0)
         return answers

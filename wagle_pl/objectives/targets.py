@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wagle_pl.core.distributed import stable_seed
 from wagle_pl.core.errors import WagleError
-from wagle_pl.lm.inference import in_chunks
+from wagle_pl.lm.inference import in_chunks, logprobs_of
 from wagle_pl.objectives.objective import Objective, Schedule, positive
 from wagle_pl.objectives.retain import cross_entropy, kl_from_theta0
 from wagle_pl.objectives.streams import Streams
 
-__all__ = ["CEU", "KL", "PDU", "UNDIAL"]
+__all__ = ["CEU", "KL", "PDU", "UNDIAL", "RandomLabel"]
 
 
 class KL(Objective):
@@ -113,6 +114,31 @@ class CEU(Objective):
         counted = F.pad(answers.mask.cumsum(-1) > self.skip_first, (0, 1)).take(answers.places)
         kept = (answers.length - self.skip_first).clamp(min=1)
         return answers.mean_tokens(values * counted) * answers.length / kept
+
+
+@dataclass
+class RandomLabel(Objective):
+    """Learn random tokens as the answer, as SalUn's baseline does for classes (arXiv 2310.12508).
+
+    ℓ_f = (1/|y|) Σ_t −log π(u_t|x, y_<t), u_t uniform over the vocabulary, drawn anew for each row
+    and epoch.
+
+    Args:
+        seed: of the draws.
+    """
+
+    by_token = True
+
+    seed: int = 0
+
+    def forget_loss(self, at: Streams) -> Tensor:
+        answers = at["forget"]
+        vocabulary, drawn = answers.predicted.vocabulary, []
+        for row, length in torch.stack([answers.rows, answers.length], 1).tolist():
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, at.epoch, row))
+            drawn.append(torch.randint(vocabulary, (length,), generator=generator))
+        labels = torch.cat(drawn).to(answers.labels.device)
+        return answers.mean_tokens(-in_chunks(logprobs_of, answers.predicted, labels))
 
 
 @dataclass

@@ -239,6 +239,7 @@ class UnlearnModule(FinetuneModule):
             self._references.sums,
             self.selected.at_theta0 if self.objective.needs_theta0 else None,
             progress=min(1.0, self.global_step / last) if last > 0 else 0.0,
+            epoch=self.current_epoch,
             propagate={name: partial(self._terms.propagate, name) for name in self._by_term},
         )
 
