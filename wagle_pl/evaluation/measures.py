@@ -155,12 +155,10 @@ def _register_mean(
 ) -> None:
     """Register the mean of a column made from generations, under the column's name."""
 
+    @measure(unit, *better, needs=needs, name=column, what=what)
     def compute(rows: Records) -> float:
         rows.column("generation")
         return F.mean(rows.numbers(column), "generations")
-
-    compute.__doc__ = what
-    measure(unit, *better, needs=needs, name=column)(compute)
 
 
 _ANSWERED = ("answer", "generation")

@@ -58,12 +58,12 @@ def _lower(rows: Records) -> Tensor:
 
 def _register(name: str, score: MembershipScore, what: str, needs: Collection[str]) -> str:
     """Register the ROC area of a score as ``mia_<name>``, which is returned."""
+    what = f"membership inference {what}"
 
+    @measure("AUC, 0 to 1", "retrained", needs=needs, name=f"mia_{name}", what=what)
     def area(seen: Observations, members: str, nonmembers: str) -> float:
         return F.membership_auc(*(score(seen.records(n)) for n in (members, nonmembers)))
 
-    area.__doc__ = f"Membership inference {what}."
-    measure("AUC, 0 to 1", "retrained", needs=needs, name=f"mia_{name}")(area)
     return f"mia_{name}"
 
 

@@ -85,16 +85,18 @@ def measure(
     forget: Optional[Direction] = None,
     needs: Collection[str] = (),
     name: Optional[str] = None,
+    what: Optional[str] = None,
 ) -> Callable[[Callable[..., float]], Callable[..., float]]:
     """Register a function as a :class:`Measure`, under its own name or another; the first paragraph
-    of its docstring says what it is. ``forget`` is the same as ``keep`` when None."""
+    of its docstring says ``what`` it is. ``forget`` is the same as ``keep`` when None."""
 
     def register(compute: Callable[..., float]) -> Callable[..., float]:
-        what = " ".join((compute.__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
-        if what.split()[0][1:].replace("-", "").isalpha() and what[1].islower():
-            what = what[0].lower() + what[1:]
+        text = (what or compute.__doc__ or "").split("\n\n")[0]
+        text = " ".join(text.split()).removesuffix(".")
+        if text.split()[0][1:].replace("-", "").isalpha() and text[1].islower():
+            text = text[0].lower() + text[1:]
         MEASURES[name or compute.__name__] = Measure(
-            compute, unit, keep, forget or keep, what, frozenset(needs)
+            compute, unit, keep, forget or keep, text, frozenset(needs)
         )
         return compute
 

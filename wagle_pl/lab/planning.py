@@ -395,28 +395,23 @@ def plan(*, model: str, hessian: str = "auto", **options: Any) -> None:
     moment, size = peak(shape, run)
     unit = f"GiB per {'GPU' if run.accelerator == 'gpu' else 'process'}"
     files = disk_bytes(run, shape.weights, shape.stored).items()
-    about = [
-        (
-            "model",
-            f"{model}: {shape.weights:,} weights, {max(shape.sizes):,} in the largest tensor",
-        ),
-        (
-            "run",
-            f"{run.task}, {run.strategy} on {run.devices} x {run.accelerator}, {run.precision}",
-        ),
-        ("rows", f"{run.batch_size} x {run.max_length} tokens per stream"),
-        ("peak", f"{_gib(size)} GiB, moment: {moment}"),
-        ("disk", ", ".join(f"{name} {_gib(size)} GiB" for name, size in files) or "tables only"),
-    ]
+    weights = f"{shape.weights:,} weights, {max(shape.sizes):,} in the largest tensor"
+    about = {
+        "model": f"{model}: {weights}",
+        "run": f"{run.task}, {run.strategy} on {run.devices} x {run.accelerator}, {run.precision}",
+        "rows": f"{run.batch_size} x {run.max_length} tokens per stream",
+        "peak": f"{_gib(size)} GiB, moment: {moment}",
+        "disk": ", ".join(f"{name} {_gib(size)} GiB" for name, size in files) or "tables only",
+    }
     if run.accelerator == "gpu":
-        room = f"a GPU of {size / USABLE / GIB:.0f} GiB, with room for fragments"
-        about += [("fits", room), ("CPU memory", f"{_gib(host_bytes(shape, run))} GiB per rank")]
+        about["fits"] = f"a GPU of {size / USABLE / GIB:.0f} GiB, with room for fragments"
+        about["CPU memory"] = f"{_gib(host_bytes(shape, run))} GiB per rank"
     parts = device_parts(shape, run)
     rows = [[p.name, *(_gib(p.bytes) if m in p.moments else "" for m in MOMENTS)] for p in parts]
     rows.append(["total", *(_gib(at(parts, moment)) for moment in MOMENTS)])
     peaks = [[name, *(_gib(peak(shape, r)[1]) for r in runs)] for name, runs in choices(run)]
     tables = table([unit, *MOMENTS], rows), table([f"peak, {unit}, on", *map(str, COUNTS)], peaks)
-    print(fields(about), *tables, sep="\n\n")
+    print(fields([*about.items()]), *tables, sep="\n\n")
 
 
 def _gib(size: float) -> str:

@@ -85,12 +85,6 @@ class Answers:
         """(B,) mean negative log-likelihood per answer token."""
         return -self.logprob / self.length
 
-    @property
-    def predictions(self) -> Tensor:
-        """(N, V) logits that predict the answer tokens, in fp32, all at once; to save memory, use
-        :func:`~wagle_pl.lm.inference.in_chunks` on ``predicted``."""
-        return self.predicted.logits()
-
     @cached_property
     def targets(self) -> Tensor:
         """(N,) the answer tokens."""

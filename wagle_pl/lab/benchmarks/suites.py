@@ -380,11 +380,11 @@ _OF_TEXTS: dict[str, tuple[Callable[[Records], Tensor], str, str]] = {
 
 
 def _register(name: str, score: Callable[[Records], Tensor], unit: str, what: str) -> None:
+    what = f"mean log-likelihood {what}"
+
+    @measure(unit, "higher", "lower", MEMBERSHIP_NEEDS, name, what)
     def compute(rows: Records) -> float:
         return -F.mean(score(rows), "texts")
-
-    compute.__doc__ = f"Mean log-likelihood {what}."
-    measure(unit, "higher", "lower", MEMBERSHIP_NEEDS, name)(compute)
 
 
 for _name, _about in _OF_TEXTS.items():
