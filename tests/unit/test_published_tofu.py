@@ -22,7 +22,6 @@ PEOPLE_MASKS = ("curvature^1 0.05", *MASKS)
 FORGET01 = [
     *(("NPO", mask) for mask in ("curvature^1 0.2", "curvature^1 0.05", "dense")),
     *(("NPO", mask) for mask in ("random 0.2", "random 0.02", "wagle 0.2", "lora")),
-    *(("GradDiff", mask) for mask in ("curvature^1 0.2", "dense", "wagle 0.2")),
 ]
 PLANTS = {  # column -> folder and plant
     "random tenth": ("people", "random-0.1"),
@@ -99,6 +98,19 @@ def planted() -> str:
         for score, *values in rows:
             cells |= {(folder, p, score): v for p, v in zip(header[1:], values, strict=True)}
     return rows_of([[s, *(cells[(*where, s)] for where in PLANTS.values())] for s in LOCATED])
+
+
+def by_planted_unit() -> str:
+    """AUROC of weights by their own scores and by those of their units, after planting and before."""
+    entries = summarise(load_table(CONFIGS / "people/results/plants_units.parquet"))
+    found = {(e["plant"], e["score"]): (e["auroc"].mean, e["auroc_before"].mean) for e in entries}
+    rows = []
+    for plant, label in (("spread-0.2", "20 % of neurons"), ("heads-6", "six heads")):
+        scores = [
+            f"{s}{unit}" for s in ("curvature^1", "wagle") for unit in ("", " neuron", " head")
+        ]
+        rows.append([label, *("{:.2f} ({:.2f})".format(*found[plant, s]) for s in scores)])
+    return rows_of(rows)
 
 
 def stable() -> str:
@@ -179,7 +191,28 @@ def rounded() -> str:
     return rows_of([[m, *(last[(o, m, of[n])] for o, n in runs)] for m, of in rates.items()])
 
 
+def by_unit() -> str:
+    """What masks of whole units keep and let come back: unused retain rows, forget rows after relearning."""
+    with open(CONFIGS / "people/results/units.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    rows = []
+    for unit in ("weight", "row", "head", "neuron", "column"):
+        cells = []
+        for score in ("curvature^1", "wagle", "random"):
+            mask = f"{score} 0.2" if unit == "weight" else f"{score} {unit} 0.2"
+            ended = [run for run in runs if run["mask"] == mask and run["retain"]]
+            for column in ("retain_unused", "relearn_forget_20"):
+                values = [float(run[column]) for run in ended]
+                few = f" ({len(values)} seeds)" if 0 < len(values) < 3 else ""
+                mean = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if values else "–"
+                cells.append(mean + few)
+        rows.append([unit, *cells])
+    return rows_of(rows)
+
+
 TABLES = {
+    "units": by_unit,
+    "planted units": by_planted_unit,
     "same speed": same_speed,
     "main": lambda: by_mask(("NPO", "GradDiff"), ("tofu/results/study", "tofu/results/study_2")),
     "hidden": lambda: ends(
@@ -201,7 +234,7 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_tables_follow_from_the_runs(name: str) -> None:
-    page = "tables.md" if name in ("rounded", "stable") else "README.md"
+    page = "tables.md" if name in ("rounded", "stable", "planted") else "README.md"
     text = (CONFIGS / "tofu" / page).read_text(encoding="utf-8")
     assert TABLES[name]() in text, TABLES[name]()
 

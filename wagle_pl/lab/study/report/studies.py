@@ -12,6 +12,7 @@ from markupsafe import Markup
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.html import element, facts, note, table
 from wagle_pl.core.text import short_number
+from wagle_pl.lab.study.forest import differences, forest
 from wagle_pl.lab.study.report import curves
 from wagle_pl.lab.study.report.figures import figure, heatmaps, image, save_figure
 from wagle_pl.lab.study.report.sources import StudyResults, reference_points
@@ -127,10 +128,12 @@ def recovery_curves(summary: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def save_curves(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write the curves of a study's arms, and those of recovery, as ``<folder>/<name>.svg``."""
+    """Write the curves of a study's arms, those of recovery, and the differences from dense."""
     for name, drawing in {"study": mean_curves(summary), **recovery_curves(summary)}.items():
         if drawing is not None:
             save_figure(curves.study_overview(*drawing), [folder / f"{name}.svg"])
+    if drawn := differences(summary):
+        save_figure(forest(drawn), [folder / "differences.svg"])
 
 
 def _curves_image(title: str, drawing: tuple[Any, ...]) -> Markup:
