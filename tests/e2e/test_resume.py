@@ -1,5 +1,6 @@
 """Invariant 5: kill a run anywhere, resume from its last checkpoint, and the result has the same bits."""
 
+import copy
 import os
 import pickle
 import re
@@ -20,6 +21,8 @@ from wagle_pl.core.weights import fingerprint
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.lm.models import load_model
+from wagle_pl.lm.resume import check_restored
+from wagle_pl.unlearning.checks import check_resumed
 from wagle_pl.unlearning.export import export
 
 
@@ -213,12 +216,40 @@ def test_a_checkpoint_of_other_fields(wagle, fails, tiny_model, random_mask_file
         line = fails(f"{command} --ckpt_path x.ckpt")
         assert "x.ckpt" in line or "the checkpoint" in line, (name, line)
         assert re.search(said, line), (name, line)
+    line = fails(
+        f"{command} --ckpt_path whole/last.ckpt --lr_scheduler StepLR --lr_scheduler.step_size 2"
+    )
+    assert "whole/last.ckpt is of a run with another schedule of the learning rate" in line
     sgd = command.replace("MaskedAdamW", "torch.optim.SGD --optimizer.momentum 0.9", 1)
     line = fails(f"{sgd} --ckpt_path whole/last.ckpt")
     assert "of a run with another optimizer than SGD (its options have no 'dampening')" in line
     os.mkfifo("pipe")
     assert "pipe is a pipe: give a regular file" in fails(f"{command} --ckpt_path pipe")
     assert "ckpt_path: no checkpoint is the best" in fails(f"{command} --ckpt_path best")
+
+
+OTHERS = (..., None, True, 3, "x", [1], {"a": 1}, torch.ones(3))
+
+
+def test_any_state_that_lightning_restores(
+    empty_folder: None, tiny_model: str, rows: dict[str, str]
+) -> None:
+    """Dropped, or of another type: it is refused in one line, or Lightning restores it."""
+    module = FinetuneModule(tiny_model, lr=1e-3)
+    saver = trainer(max_steps=2)
+    saver.fit(module, ForgetRetainDataModule(rows["forget"], rows["retain"]))
+    saver.save_checkpoint("x.ckpt")
+    checkpoint = torch.load("x.ckpt", weights_only=True)
+    read = ("fit_loop", "optimizer_states", "lr_schedulers")
+    states = [at for at in places(checkpoint) if {*read} & {*map(str, at[:2])}]
+    for at, other in [(at, other) for at in states for other in OTHERS][::7]:
+        new = changed(checkpoint, at, other)
+        with suppress(WagleError):
+            check_restored(new, saver, "x")
+            check_resumed(module, new)
+            copy.deepcopy(saver.optimizers[0]).load_state_dict(new["optimizer_states"][0])
+            saver.lr_scheduler_configs[0].scheduler.load_state_dict(new["lr_schedulers"][0])
+            saver.fit_loop.load_state_dict(new["loops"]["fit_loop"])
 
 
 def test_any_field_of_a_checkpoint(wagle, tiny_model, random_mask_file):
@@ -230,8 +261,7 @@ def test_any_field_of_a_checkpoint(wagle, tiny_model, random_mask_file):
     checkpoint = torch.load("whole/last.ckpt", weights_only=True)
     used = {key: checkpoint[key] for key in ("state_dict", "model", "mask", "references", "module")}
 
-    others = (..., None, 3, "x", [1], {"a": 1}, torch.ones(3))
-    tries = [(at, other) for at in places(used) for other in others]
+    tries = [(at, other) for at in places(used) for other in OTHERS]
     for at, other in tries[::5]:
         if "config" in at or "versions" in at:  # as the user wrote it, and only shown
             continue

@@ -373,10 +373,8 @@ class GradientSums:
             vectors.setdefault(name, {})[key] = total(
                 self.vectors.get(name, {}).get(key, zeros).clone()
             )
-        counts = {
-            name: float(total(torch.tensor(count).double()))
-            for name, count in sorted(self.counts.items())
-        }
+        pairs = sorted(self.counts.items())
+        counts = {name: float(total(torch.tensor(count).double())) for name, count in pairs}
         return {"vectors": vectors, "counts": counts}
 
     def _load_small(self, small: dict[str, Any]) -> None:
@@ -396,8 +394,7 @@ class GradientSums:
         """Every sum by its name in a checkpoint."""
         return self.sums | {_OF_STEP + name: sums for name, sums in self.step_sums.items()}
 
-    def _restored(self, name: str) -> list[Tensor]:
-        """The buffers of a name in a checkpoint."""
+    def _restored(self, name: str) -> list[Tensor]:  # the buffers of a name in a checkpoint
         return self.buffers(name.removeprefix(_OF_STEP), in_step=name.startswith(_OF_STEP))
 
     def state_dict(self) -> dict[str, Any]:
@@ -419,10 +416,13 @@ class GradientSums:
                 "sums",
                 f"give --model.sums {f'passes={passes}' if passes > 1 else 'device or host'}",
             )
-        self._begin(state_dict["group"])
+        self._begin(min(state_dict["group"], passes))
         self._counts_of_first = state_dict["first"]
         for name, tensors in state_dict["sums"].items():
             buffers = self._restored(name)
+            shapes = {at: tensor.shape for at, tensor in enumerate(tensors) if at in self.here}
+            if shapes != {at: self.shards[at].shape for at in self.here}:
+                raise WagleError(f"the checkpoint's sums: {name}: have shapes of other weights")
             for position, full in enumerate(tensors):
                 if position in self.here:
                     buffers[position].copy_(self.shards[position].of(full))

@@ -36,8 +36,8 @@ class Diverged(WagleError):
 
 
 def check_positive(value: float, option: str) -> float:
-    """The value of an option; a :class:`WagleError` if it is not above 0."""
-    if not value > 0:
+    """The value of an option; a :class:`WagleError` if it is not above 0, or not finite."""
+    if not 0 < value < float("inf"):
         raise WagleError(f"must be above 0, got {value}", option=option)
     return value
 

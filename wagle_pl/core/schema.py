@@ -23,6 +23,7 @@ from typing import (
     Literal,
     NewType,
     NoReturn,
+    TypedDict,
     Union,
     get_args,
     get_origin,
@@ -70,6 +71,26 @@ def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
         for index, (item, inner) in enumerate(zip(value, items, strict=True)):
             check(item, inner, where, f"{key}[{index}]")
     return value
+
+
+def schema_of(value: Any, integer: Any = float) -> Any:
+    """The schema of what is like a value: with its keys, types and lengths of lists; what is None
+    may be anything.
+
+    Args:
+        integer: the schema of an integer, which another time may be a number with a fraction.
+
+    >>> check({"steps": "x"}, schema_of({"steps": 3}), "x.ckpt")
+    Traceback (most recent call last):
+    wagle_pl.core.errors.WagleError: x.ckpt: steps: must be a number, got 'x'
+    """
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return TypedDict("Alike", {key: schema_of(item, integer) for key, item in value.items()})
+    if value is None:
+        return Any
+    if isinstance(value, (list, tuple)) and value:
+        return tuple[tuple(schema_of(item, integer) for item in value)]
+    return integer if type(value) is int else type(value)
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.schema import check, schema_of
 from wagle_pl.data.example import IGNORE
 
 #: Rows are sorted by length within this many global batches, to reduce padding.
@@ -291,6 +292,9 @@ class ResumableLoader(Loader):
             why = "the checkpoint belongs to a run with another data module: resume with that one"
             raise WagleError(why)
         here, sampler, fault = self._state(Position()), self.sampler, None
+        for key, value in here.items():
+            kind = dict[str, dict[str, Any]] if key == "sets" else schema_of(value, int)
+            check(state.get(key), kind, f"the checkpoint's loader: {key}")
         sets, sets_here = state["sets"], here["sets"]
         if state["global_batch"] != here["global_batch"]:
             fault = (
@@ -312,11 +316,15 @@ class ResumableLoader(Loader):
             )
         elif differing := [name for name in sets if sets[name] != sets_here[name]]:
             name = differing[0]
-            before, now = sets[name]["rows"], sets_here[name]["rows"]
+            before, now = sets[name].get("rows"), sets_here[name]["rows"]
             fault = f"had {before} {name} rows, this one has {now}"
             if before == now:
                 fault = f"had other {name} rows, or another order of them"
             fault += ": resume with the data it was started with"
+        elif state["step"] * sampler.accumulate >= len(sampler) or (
+            state["rows"] >= sampler.global_batch
+        ):
+            fault = f"was at row {state['rows']} of step {state['step']}, which no epoch has"
         if fault:
             raise WagleError(f"the checkpoint's run {fault}")
         return Position(state["epoch"], state["step"], state["rows"])

@@ -26,7 +26,7 @@ from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import answer_places
 from wagle_pl.lm.models import vocabulary_size
-from wagle_pl.lm.resume import Fields, begin, recount
+from wagle_pl.lm.resume import Fields, begin, check_restored, recount
 from wagle_pl.lm.state import ModelState
 from wagle_pl.strategies import is_sharded, is_zero
 
@@ -138,6 +138,7 @@ class LanguageModule(L.LightningModule):
         self.run_config: dict[str, Any] = {}
         self._trained = False
         self._loader_state: Optional[dict[str, Any]] = None
+        self._resumed_at: Optional[int] = None  # number of steps by the checkpoint
 
     # -- model -------------------------------------------------------------------------------------
 
@@ -333,6 +334,12 @@ class LanguageModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Continue where the checkpoint was written."""
         begin(self.trainer, self._loader_state)
+        if self._resumed_at not in (None, self.global_step):
+            raise WagleError(
+                f"{self.checkpoint_label} says that it is of step {self._resumed_at}, and its loops "
+                f"of step {self.global_step}"
+            )
+        self._resumed_at = None
 
     def on_train_end(self) -> None:
         """Note that training is over; log if nothing is written, or if a callback has ended it."""
@@ -368,6 +375,8 @@ class LanguageModule(L.LightningModule):
         """Refuse a checkpoint that does not fit this run; find where the run continues."""
         self.check_kind(checkpoint)
         if self.attached and self.trainer.training:
+            check_restored(checkpoint, self.trainer, self.checkpoint_label)
+            self._resumed_at = checkpoint["global_step"]
             self._loader_state = recount(checkpoint, self.data)
         if not self.attached or not self.strict_loading or is_zero(self.trainer.strategy):
             return

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.records import Record
-from wagle_pl.core.schema import Count, check
+from wagle_pl.core.schema import Count, check, schema_of
+from wagle_pl.strategies.checkpoint import SmallSums
 
 if TYPE_CHECKING:
     from wagle_pl.lm.module import StreamData
@@ -117,11 +118,11 @@ class Reference(TypedDict):  # predictions at θ₀
     logprobs: Tensor
 
 
-class WholeSums(TypedDict):  # sums of an attribution in a checkpoint of one file
+class WholeSums(SmallSums):  # sums of an attribution in a checkpoint of one file
     sums: dict[str, list[Tensor]]
     passes: Count
     group: Count
-    first: dict[str, Any]
+    first: dict[str, float]
 
 
 class Fields(TypedDict):  # what a module of this package adds to a checkpoint
@@ -144,6 +145,20 @@ def check_lightning(checkpoint: Any, where: str) -> None:
         Version(checkpoint["pytorch-lightning_version"])
     except InvalidVersion as error:
         raise WagleError(f"{where}: pytorch-lightning_version: {error}") from None
+
+
+def check_restored(checkpoint: Mapping[str, Any], trainer: L.Trainer, where: str) -> None:
+    """Refuse states of loops and callbacks that are not like those which Lightning restores them
+    into, since it does not check them."""
+    check(checkpoint, Checkpoint, where)
+    if not checkpoint.get("loops"):
+        raise WagleError(f"{where} does not say at which step its run was: it has no loops")
+    loop = schema_of(trainer.fit_loop.state_dict(), int)
+    check(checkpoint["loops"]["fit_loop"], loop, f"{where}: loops.fit_loop")
+    for callback in trainer.callbacks:
+        state = (checkpoint.get("callbacks") or {}).get(callback.state_key)
+        if state and type(callback).__module__.startswith(("lightning.", "wagle_pl.")):
+            check(state, schema_of(callback.state_dict()), f"{where}: callbacks")
 
 
 class StepStart(NamedTuple):

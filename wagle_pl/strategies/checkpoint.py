@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
-from wagle_pl.core.schema import Count, check
+from wagle_pl.core.schema import Count, check, schema_of
 from wagle_pl.core.tensorfiles import check_version, load_plain, write_tensors
 from wagle_pl.core.weights import assign, shapes_of, share_of
 from wagle_pl.strategies.internals import Fragment
@@ -132,16 +132,25 @@ class Index(TypedDict):
     pieces: dict[str, dict[str, list[tuple[str, Count, Count]]]]  # file, start, number of values
 
 
+class SmallSums(TypedDict):
+    """What ranks add up of an attribution."""
+
+    vectors: dict[str, dict[str, Tensor]]
+    counts: dict[str, float]
+
+
 class Common(TypedDict):
     """What :data:`COMMON_FILE` holds beside Lightning's own."""
 
     param_groups: Optional[list[dict[str, Any]]]
     single_states: Optional[dict[str, dict[str, float]]]
     buffers: Optional[dict[str, Tensor]]
+    sums: Optional[SmallSums]
 
 
 def check_optimizer(stored: Sequence[Mapping[str, Any]], optimizer: Optimizer, where: str) -> None:
-    """Refuse to resume an optimiser from the options (``param_groups``) of another one."""
+    """Refuse to resume an optimiser from the options (``param_groups``) of another one, or from
+    options of other types."""
     groups, fault = optimizer.param_groups, ""
     if missing := {key for group in stored for key in optimizer.defaults.keys() - group.keys()}:
         fault = f"its options have no {min(missing)!r}"
@@ -152,6 +161,14 @@ def check_optimizer(stored: Sequence[Mapping[str, Any]], optimizer: Optimizer, w
             f"{where} is of a run with another optimizer than {type(optimizer).__name__} ({fault}): "
             "resume with the run's own --optimizer"
         )
+    for group, options in zip(groups, stored, strict=True):
+        own = {key: value for key, value in group.items() if key != "params"}
+        check(options, schema_of(own), f"{where}: param_groups")
+        for key in own.keys() & {"amsgrad", "centered", "maximize", "nesterov"}:
+            if options[key] != own[key]:
+                raise WagleError(
+                    f"{where} is of a run with optimizer.{key} {options[key]}: resume with it"
+                )
 
 
 class ShardedCheckpoint:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wagle_pl.core import distributed
-from wagle_pl.core.errors import Diverged, WagleError
+from wagle_pl.core.errors import Diverged, WagleError, first_line
 from wagle_pl.core.late import LateReading
+from wagle_pl.core.schema import check, schema_of
 from wagle_pl.core.weights import chunks_of, digest, evaluating, share_of
 from wagle_pl.lm.inference import keeps_rows_apart
 from wagle_pl.lm.layers import expert_weights
 from wagle_pl.masks import WeightMask
-from wagle_pl.strategies import is_zero
+from wagle_pl.strategies import check_optimizer, is_zero
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +98,83 @@ def check_packing(module: FinetuneModule) -> None:
             f"{module.lm.config._attn_implementation} attention: leave --model.packing out",
             option="model.packing",
         )
+
+
+# -- states of a checkpoint ------------------------------------------------------------------------
+
+
+def check_resumed(module: FinetuneModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse states of an optimiser or a schedule that are not like those of this run, into which
+    Lightning restores them unchecked."""
+    where, trainer = module.checkpoint_label, module.trainer
+    if not is_zero(trainer.strategy):  # which has read its own
+        states = checkpoint.get("optimizer_states")
+        if not states or None in map(states[0].get, ("param_groups", "state")):
+            raise WagleError(
+                f"{where} has no state of an optimizer (it may have been saved with "
+                "save_weights_only): training cannot go on from it"
+            )
+        groups = states[0]["param_groups"]
+        check_optimizer(groups, trainer.optimizers[0], where)
+        own = trainer.optimizers[0].state_dict()["param_groups"]
+        numbers = [group.get("params") for group in groups]
+        check(numbers, list[list[int]], f"{where}: params")
+        if numbers != [group["params"] for group in own]:
+            raise WagleError(f"{where}: param_groups: its run trained other parameters")
+        _check_state(states[0]["state"], trainer.optimizers[0], where)
+    stored = checkpoint.get("lr_schedulers") or []
+    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    if [*map(_public, stored)] != [*map(_public, schedules)]:
+        raise WagleError(
+            f"{where} is of a run with another schedule of the learning rate: resume with the run's "
+            "own --lr_scheduler"
+        )
+    check(stored, schema_of(schedules), f"{where}: lr_schedulers")
+    for config, state in zip(trainer.lr_scheduler_configs, stored, strict=True):
+        try:
+            copy.copy(config.scheduler).load_state_dict(copy.deepcopy(state))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise WagleError(f"{where}: lr_schedulers: {first_line(error)}") from None
+
+
+def _public(state: Mapping[str, Any]) -> set[str]:
+    return {key for key in state if not key.startswith("_")}
+
+
+def _check_state(stored: Mapping[int, Mapping[str, Any]], optimizer: Optimizer, where: str) -> None:
+    """Refuse an optimiser's state, by the number of the parameter, that is not like its own."""
+    trained = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        parameter.dim(): _first_state(optimizer, group, parameter) for group, parameter in trained
+    }
+    for number, state in stored.items():
+        if not 0 <= number < len(trained):
+            raise WagleError(f"{where}: state: the run trains no parameter {number}")
+        parameter = trained[number][1]
+        small, values = own[parameter.dim()]
+        check(state, schema_of(values), f"{where}: state.{number}")
+        for key, value in values.items():
+            if torch.is_tensor(value):
+                shape = parameter.shape if value.shape == small.shape else state[key].shape
+                if state[key].shape != shape or state[key].dim() != value.dim():
+                    raise WagleError(
+                        f"{where}: state.{number}.{key}: has shape {tuple(state[key].shape)}, and "
+                        f"its parameter {tuple(parameter.shape)}"
+                    )
+
+
+def _first_state(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
+) -> tuple[Tensor, dict[str, Any]]:
+    """A small parameter like another one, and an optimiser's state of it after a step."""
+    small = nn.Parameter(parameter.detach().new_zeros(*range(2, 2 + parameter.dim())))
+    small.grad = torch.zeros_like(small)
+    copied = object.__new__(type(optimizer))  # copy.copy loses what Optimizer does not know
+    copied.__dict__ = {key: value for key, value in vars(optimizer).items() if key != "step"}
+    copied._optimizer_step_pre_hooks, copied._optimizer_step_post_hooks = {}, {}
+    copied.state, copied.param_groups = defaultdict(dict), [{**group, "params": [small]}]
+    copied.step()
+    return small, dict(copied.state[small])
 
 
 # -- numbers that are not finite -------------------------------------------------------------------

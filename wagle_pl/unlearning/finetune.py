@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from wagle_pl.core import distributed, outputs
 from wagle_pl.core.environment import peak_memory, versions
-from wagle_pl.core.errors import WagleError
+from wagle_pl.core.errors import WagleError, check_positive
 from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.weights import parameter_shapes, share_of
 from wagle_pl.lm import resume
@@ -32,11 +32,12 @@ from wagle_pl.lm.saving import Originals, read_record, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
 from wagle_pl.objectives import Streams
-from wagle_pl.strategies import ShardedCheckpoint, check_optimizer, is_zero
+from wagle_pl.strategies import ShardedCheckpoint, is_zero
 from wagle_pl.unlearning.checks import (
     FiniteSteps,
     StepLosses,
     check_packing,
+    check_resumed,
     check_run,
     check_sharded,
     check_weights,
@@ -99,9 +100,10 @@ class FinetuneModule(LanguageModule):
     ) -> None:
         check_arguments(FinetuneModule.__init__, locals(), "model.")
         super().__init__(model=model, output=output, **kwargs)
-        for option, value in (("lr", lr or 0), ("warmup", warmup)):
-            if not 0 <= value < float("inf"):
-                raise WagleError(f"must be 0 or more, got {value:g}", option=f"model.{option}")
+        if not 0 <= warmup < float("inf"):
+            raise WagleError(f"must be 0 or more, got {warmup:g}", option="model.warmup")
+        if lr is not None:
+            check_positive(lr, "model.lr")
         self.lr = lr
         self.streams = (train_on,)
         self.output_dtype = None if output_dtype is None else torch.float32
@@ -129,7 +131,7 @@ class FinetuneModule(LanguageModule):
         self._step_start: Optional[resume.StepStart] = None
         self._random: Mapping[str, Tensor] = {}
         self._moves_kept: Optional[float] = None
-        self._stored_groups: Optional[list[dict[str, Any]]] = None  # options of its optimiser
+        self._resumed: Optional[Mapping[str, Any]] = None  # the checkpoint, until it is checked
 
     # -- before the run ----------------------------------------------------------------------------
 
@@ -215,9 +217,9 @@ class FinetuneModule(LanguageModule):
 
     def on_fit_start(self) -> None:
         """Have the values written into the model after each step."""
-        if self._stored_groups is not None:
-            check_optimizer(self._stored_groups, self.trainer.optimizers[0], self.checkpoint_label)
-            self._stored_groups = None
+        if self._resumed is not None:
+            check_resumed(self, self._resumed)
+            self._resumed = None
         strategy = self.trainer.strategy
         optimizers = [strategy.base_optimizer] if is_zero(strategy) else self.trainer.optimizers
         for optimizer in (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers):
@@ -376,14 +378,10 @@ class FinetuneModule(LanguageModule):
         self.check_kind(checkpoint)
         self._random = {key: checkpoint[key] for key in checkpoint if key.endswith("rng_state")}
         state = checkpoint.get("state_dict") or {}
-        states = checkpoint.get("optimizer_states")
-        if self.fits and not is_zero(self.trainer.strategy):
-            if not states or not states[0].get("param_groups"):
-                raise WagleError(
-                    f"{self.checkpoint_label} has no state of an optimizer (it may have been saved "
-                    "with save_weights_only): training cannot go on from it"
-                )
-            self._stored_groups = states[0]["param_groups"]
+        if self.fits and is_zero(self.trainer.strategy):  # it is loaded after on_fit_start
+            check_resumed(self, checkpoint)
+        elif self.fits:
+            self._resumed = checkpoint
         if self.selected is None and any(name.endswith(SUFFIX) for name in state):
             values = {n.removeprefix("lm."): v for n, v in state.items() if n.startswith("lm.")}
             load_values(self.lm, values, values.__getitem__, self.mask)

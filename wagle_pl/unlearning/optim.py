@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, AdamW, Optimizer, SparseAdam
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from wagle_pl.core.errors import WagleError, first_line
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FP32 = 4  # bytes of a number that is trained
 #: Bytes of an optimiser's state per number that it trains, by the name of its class.
 STATE_BYTES = {"MaskedAdamW": 8, "AdamW": 8, "AdamW8bit": 2, "SignSGD": 4, "SGD": 0}
+
+TRIED_STEPS = 10_000  # of a schedule before a run
 
 
 def _check(**options: Any) -> None:
@@ -181,18 +183,55 @@ def optimizer_and_schedule(module: FinetuneModule) -> dict[str, Any]:
         trained = [group for group in groups if group["params"]]
     masked = "" if module.mask is None else "(with a mask, parameters are vectors)"
     optimizer = make_optimizer(module.make_optimizer, trained, masked, **options)
-    if module.make_lr_scheduler is None:
-        steps = module.trainer.estimated_stepping_batches
+    steps = module.trainer.estimated_stepping_batches
+    make, interval = module.make_lr_scheduler, module.lr_interval
+    if make is None:
         schedule = (module.warmup, module.decay, steps, module.warmup_from_zero)
-        how = {"scheduler": warmup_and_decay(optimizer, *schedule), "interval": "step"}
-    else:
-        try:
-            scheduler = module.make_lr_scheduler(optimizer)
-        except (TypeError, ValueError) as error:  # of an option
-            raise WagleError(first_line(error), option="lr_scheduler") from error
-        monitor = getattr(scheduler, "monitor", "train/loss")
-        how = {"scheduler": scheduler, "interval": module.lr_interval, "monitor": monitor}
+        make, interval = (lambda optimizer: warmup_and_decay(optimizer, *schedule)), "step"
+    elif interval == "epoch" and (module.trainer.max_epochs or 0) > 0:
+        steps = min(steps, module.trainer.max_epochs)
+    try_schedule(make, optimizer, steps)
+    how = {"scheduler": (scheduler := make(optimizer)), "interval": interval}
+    how["monitor"] = getattr(scheduler, "monitor", "train/loss")
     return {"optimizer": optimizer, "lr_scheduler": how}
+
+
+class _Unmoved(Optimizer):
+    """An optimiser with another's options, over one number in place of each parameter."""
+
+    def __init__(self, other: Optimizer) -> None:
+        groups = [{**group, "params": [torch.zeros(1)]} for group in other.param_groups]
+        super().__init__(groups, dict(other.defaults))
+
+    def step(self, closure: Any = None) -> None:
+        """Move nothing."""
+
+
+def try_schedule(make: Callable[[Optimizer], Any], optimizer: Optimizer, steps: float) -> None:
+    """Step a schedule as often as the run will, at most :data:`TRIED_STEPS` times, before any work.
+
+    Raises:
+        WagleError: if it fails at a step, or gives rates that are negative, not finite, or all 0.
+    """
+    unmoved, name, step, moves = _Unmoved(optimizer), "", 0, False
+    tries = 1 if steps == math.inf else int(min(steps, TRIED_STEPS))
+    try:
+        scheduler = make(unmoved)
+        name, values = type(scheduler).__name__, [0.0] * isinstance(scheduler, ReduceLROnPlateau)
+        while step < tries:
+            rates = [float(group["lr"]) for group in unmoved.param_groups]
+            if not all(-1e-12 <= rate < math.inf for rate in rates):  # rounding may end below 0
+                raise ValueError(f"the learning rate becomes {min(rates):g}")
+            step, moves = step + 1, moves or any(rates)
+            unmoved.step()
+            scheduler.step(*values)
+    except WagleError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of an option
+        where = f"{name} fails at step {step}: " if step else ""
+        raise WagleError(f"{where}{first_line(error)}", option="lr_scheduler") from error
+    if step and not moves:
+        raise WagleError(f"no weight would move: the learning rate is 0 in {step} steps of {name}")
 
 
 def make_optimizer(
@@ -214,6 +253,8 @@ def make_optimizer(
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
             raise WagleError(f"must be finite, got {value}", option=f"optimizer.{name}")
+    if optimizer.defaults.get("lr") == 0:
+        raise WagleError("must be above 0, or no weight would move, got 0", "optimizer.lr")
     for kind, why in (
         (LBFGS, "evaluates the loss several times a step, on micro-batches that are gone then"),
         (SparseAdam, "takes sparse gradients alone, and those of a language model are dense"),
