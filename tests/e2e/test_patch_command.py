@@ -57,3 +57,6 @@ def test_patch_commands_and_records(
     assert "lineage" not in before
     for file in ("model.safetensors", "wagle.json", "README.md"):
         assert Path("back", file).read_bytes() == Path(tiny_model, file).read_bytes()
+    update = ("--form", "sparse", "--inverse", "rollback.safetensors")
+    patch("convert", tiny_model, "forget.patch", "-o", "update.safetensors", *update)
+    assert "rollback.safetensors: " in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import Unwritable
 from wagle_pl.core.tensorfiles import TensorFiles
+from wagle_pl.lm.models import load_model
 from wagle_pl.lm.saving import read_record
 from wagle_pl.unlearning import patch as patches
 from wagle_pl.unlearning.patch import Patch, apply_patch, digest_of, make_patch, revert_patch
+from wagle_pl.unlearning.serving import write_sparse
 
 Tensors = dict[str, torch.Tensor]
 
@@ -311,3 +313,147 @@ def test_revert_gives_back_the_records_of_the_base(tmp_path: Path, files: tuple[
             assert after.read_text() == before.read_text()
         else:
             assert not after.exists()
+
+
+# -- loaded models and sparse updates ----------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Patches of one base: ``a`` and ``b`` change other weights, ``c`` those of ``a``; ``d`` follows ``a``."""
+    monkeypatch.setattr(patches, "FRAME", 1 << 10)
+    old = weights(Path(tiny_model))
+    new = {"a": moved(old, 0.3, 1, avoid=old)}
+    new |= {"b": moved(old, 0.3, 2, avoid=new["a"]), "c": moved(old, 0.3, 1, avoid=old)}
+    new |= {"d": moved(new["a"], 0.3, 3, avoid=new["a"])}
+    new["c"]["model.norm.weight"][0] += 1
+    folders = {name: write(tmp_path / name, tensors) for name, tensors in new.items()}
+    for name, folder in folders.items():
+        base = folders["a"] if name == "d" else Path(tiny_model)
+        make_patch(base, folder, tmp_path / f"{name}.patch")
+    return {name: tmp_path / f"{name}.patch" for name in new}
+
+
+def held(lm: torch.nn.Module) -> Tensors:
+    return {name: p.detach().clone() for name, p in lm.named_parameters()}
+
+
+def test_a_loaded_model_switches_in_place_and_back(
+    served: dict[str, Path], tiny_model: str
+) -> None:
+    lm = load_model(tiny_model)
+    pointers, old = [p.data_ptr() for p in lm.parameters()], held(lm)
+    of = {name: weights(path.with_suffix("")) for name, path in served.items()}
+    with Patch(served["a"]).attach(lm):
+        assert same_bits(held(lm), of["a"])
+        with Patch(served["d"]).attach(lm):
+            assert same_bits(held(lm), of["d"])
+        with Patch(served["b"]).attach(lm):  # beside a, not on it
+            both = {n: torch.where(of["a"][n] != old[n], of["a"][n], of["b"][n]) for n in old}
+            assert same_bits(held(lm), both)
+        assert same_bits(held(lm), of["a"])
+    assert same_bits(held(lm), old)
+    assert pointers == [p.data_ptr() for p in lm.parameters()]  # no second copy
+
+
+def test_what_cannot_be_attached_or_detached_leaves_the_model_as_it_is(
+    served: dict[str, Path], tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load_model(tiny_model)
+    a, b, c = (Patch(served[name]) for name in "abc")
+
+    def refuse(do: Any, message: str, model: torch.nn.Module = lm) -> None:
+        before = held(model)
+        with pytest.raises(WagleError, match=message):
+            do()
+        assert same_bits(held(model), before)
+
+    other = load_model(tiny_model)
+    other.model.norm.weight.data[0] += 1  # which patch a does not touch
+    refuse(lambda: a.attach(other), "applies to the model with digest .* the loaded model", other)
+    other.bfloat16()
+    refuse(lambda: a.attach(other), "in another shape or dtype", other)
+    other.to("meta")
+    refuse(lambda: a.attach(other), "does not hold .* in memory")
+    refuse(a.detach, "not attached to a model")
+    a.attach(lm)
+    refuse(lambda: a.attach(lm), "attached already")
+    refuse(lambda: Patch(a.path).attach(lm), "attached to this model already")
+    refuse(lambda: c.attach(lm), "overlaps one that is attached: both change")
+    b.attach(lm)
+    refuse(a.detach, r"b\.patch was attached after .*a\.patch: detach it first")
+    start = held(lm)
+    lm.bfloat16()
+    refuse(b.detach, "in another shape or dtype")
+    lm.float()
+    refuse(b.detach, "has changed since .*b.patch was attached")  # rounded
+    lm.load_state_dict(start, strict=False)  # without the tied head
+
+    moves, calls = Patch.moves, []
+
+    def interrupted(patch: Patch, name: str, *rest: Any) -> Any:
+        calls.append(name)
+        for number, frame in enumerate(moves(patch, name, *rest)):
+            if len(calls) == 1 + len(b.tensors) and number == 3:  # all are checked, some written
+                monkeypatch.setattr(Patch, "moves", moves)
+                raise KeyboardInterrupt
+            yield frame
+
+    monkeypatch.setattr(Patch, "moves", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        b.detach()
+    assert same_bits(held(lm), start)
+    b.detach()
+    a.detach()
+    assert same_bits(held(lm), weights(Path(tiny_model)))
+
+
+class CheckpointWeightPatch(NamedTuple):
+    """By vLLM's documentation: values at flat indices into the full checkpoint tensor of this shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: torch.Tensor
+    indices: torch.Tensor
+
+
+def loaded(tensors: Tensors, update: Path) -> Tensors:
+    """What a server makes of a sparse update, checked as its documentation says."""
+    result = {name: tensor.clone() for name, tensor in tensors.items()}
+    with safe_open(update, "pt") as file:
+        for name, shape in json.loads(file.metadata()["shapes"]).items():
+            values, indices = (file.get_tensor(f"{name}.{part}") for part in ("values", "indices"))
+            patch = CheckpointWeightPatch(name, tuple(shape), values.dtype, values, indices)
+            assert patch.dtype == tensors[name].dtype and patch.shape == tensors[name].shape
+            assert patch.indices.dtype in (torch.int32, torch.int64) and patch.indices.dim() == 1
+            assert len(patch.indices) == len(patch.values) and not patch.values.isnan().any()
+            assert (patch.indices.diff() > 0).all()
+            masked = torch.full(patch.shape, torch.nan, dtype=patch.dtype)
+            masked.view(-1).index_copy_(0, patch.indices.long(), patch.values)
+            result[name] = torch.where(masked.isnan(), result[name], masked)
+    return result
+
+
+def test_a_sparse_update_and_its_inverse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "FRAME", 100)
+    old = base_tensors()
+    new = moved(old, 0.3, 1, avoid=old)
+    new["embed"][0, 1] = -0.0
+    base, unlearned = write(tmp_path / "base", old), write(tmp_path / "unlearned", new)
+    patch = make_patch(base, unlearned, tmp_path / "p.patch")
+    update, inverse = tmp_path / "update.safetensors", tmp_path / "back.safetensors"
+    write_sparse(base, patch.path, update, inverse)
+    assert same_bits(loaded(old, update), new) and same_bits(loaded(new, inverse), old)
+    new["embed"][0, 2] = torch.nan
+    for name, tensors, message in (
+        ("nan", new, "has no word for NaN, and embed holds one"),
+        ("whole", {**old, "layers.0.norm": old["layers.0.norm"] + 1}, "with digest"),
+    ):
+        made = make_patch(base, write(tmp_path / name, tensors), tmp_path / f"{name}.patch")
+        folder = base if name == "nan" else unlearned
+        with pytest.raises(WagleError, match=message):
+            write_sparse(folder, made.path, tmp_path / "x", tmp_path / "y")
+    with pytest.raises(WagleError, match="exists already"):
+        write_sparse(base, patch.path, tmp_path / "x", inverse)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 from wagle_pl.cli import LazyModule
 from wagle_pl.core.files import refuse_existing
 
 api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
+serving = LazyModule("wagle_pl.unlearning.serving")
 
 EXIT_NOT_FORGOTTEN = 3  # of ``wagle forget``
 
@@ -127,6 +128,31 @@ def revert(unlearned: str, patch: str, *, output: str, overwrite: bool = False) 
     print(f"{output}: digest {patches.revert_patch(unlearned, patch, output, overwrite)}")
 
 
+def convert(
+    base: str,
+    patch: str,
+    *,
+    output: str,
+    form: Literal["sparse"] = "sparse",
+    inverse: Optional[str] = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a patch in a form that servers load: absolute values at flat indices of tensors.
+
+    Args:
+        base: folder of the patch's base model.
+        patch: patch file.
+        output: file to write.
+        form: sparse: what vLLM's sparse weight updates take, see configs/own/README.md.
+        inverse: also write the file that rolls the update back.
+    """
+    serving.write_sparse(base, patch, output, inverse, overwrite)
+    weights = sum(file.path.stat().st_size for file in serving.TensorFiles(base).files)
+    for path in filter(None, (output, inverse)):
+        size, of_patch = Path(path).stat().st_size, Path(patch).stat().st_size
+        print(f"{path}: {size:,} bytes; the patch has {of_patch:,}, the model {weights:,}")
+
+
 def info(patch: str, *, tensors: bool = False) -> None:
     """Show which weights of which model a patch changes.
 
@@ -141,7 +167,7 @@ def info(patch: str, *, tensors: bool = False) -> None:
         print(f"  {name}: {tensor['changed']:,} of shape {shape} {tensor['dtype']}")
 
 
-PATCH = {verb.__name__: verb for verb in (make, apply, revert, info)}
+PATCH = {verb.__name__: verb for verb in (make, apply, revert, convert, info)}
 
 
 def _print_summary(patch: patches.Patch) -> None:  # type: ignore[name-defined]

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict, get_type_hints
+from typing import Any, BinaryIO, Literal, TypedDict, get_type_hints
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class TensorFile:
     Raises:
         WagleError: if it is missing or not a whole safetensors file; the error calls it ``what``.
     """
+
+    mode: Literal["r", "r+"] = "r"  # of the mapped words
 
     def __init__(self, path: Path, what: str = "file") -> None:
         if not path.is_file():
@@ -107,7 +109,7 @@ class TensorFile:
         return self._start + self._entries[name]["data_offsets"][0]
 
     def words(self, name: str) -> np.ndarray:
-        """A tensor's numbers as unsigned integers of the same width, memory-mapped, read-only."""
+        """A tensor's numbers as unsigned integers of the same width, memory-mapped."""
         begin, end = self._entries[name]["data_offsets"]
         count = prod(self.shape(name))
         if not count:
@@ -115,18 +117,21 @@ class TensorFile:
         width, rest = divmod(end - begin, count)
         if rest or width not in (1, 2, 4, 8):
             raise WagleError(f"tensors of dtype {self.dtype(name)} cannot be read bit by bit")
-        return np.memmap(self.path, f"<u{width}", "r", self.offset(name), (count,))
+        return np.memmap(self.path, f"<u{width}", self.mode, self.offset(name), (count,))
 
 
 class TensorFiles:
     """The weights of a folder in Hugging Face format: its ``files`` (one safetensors file, or the
     shards that its index names) and the ``names`` of all tensors.
 
+    Args:
+        writable: words may be written.
+
     Raises:
         WagleError: if there is no such folder, it has no safetensors weights, or lacks a shard.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, writable: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise absent("model folder", folder)
@@ -142,6 +147,8 @@ class TensorFiles:
                 "folder with safetensors weights"
             )
         self.files = [TensorFile(self.folder / name, "weight file") for name in files]
+        for file in self.files if writable else ():
+            file.mode = "r+"
         self._file_of = {name: file for file in self.files for name in file.names}
         self.names = list(self._file_of)
 
@@ -155,6 +162,10 @@ class TensorFiles:
 
     def words(self, name: str) -> np.ndarray:
         return self._file_of[name].words(name)
+
+    def put(self, name: str, places: np.ndarray, words: np.ndarray) -> None:
+        """Write some of a tensor's words."""
+        self.words(name)[places] = words
 
     def tensor(self, name: str) -> torch.Tensor:
         with safe_open(self._file_of[name].path, framework="pt") as file:

@@ -24,11 +24,13 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Optional, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Optional, TypedDict
 
 import numpy as np
+from torch import nn
 
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path, refuse_existing
@@ -38,6 +40,11 @@ from wagle_pl.core.schema import Count
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, sealed, write_header
 from wagle_pl.lm.saving import CARD_FILE, RECORD_FILE, read_record
 from wagle_pl.unlearning.export import forgotten, model_card
+
+if TYPE_CHECKING:
+    from wagle_pl.unlearning.serving import LoadedTensors
+
+    Tensors = TensorFiles | LoadedTensors
 
 FORMAT = "wagle_pl.patch"
 FORMAT_VERSION = 1
@@ -78,7 +85,7 @@ class Header(TypedDict):
     made_by: PatchMadeBy
 
 
-class Patch:
+class Patch(AbstractContextManager["Patch"]):
     """An open patch file; its attributes are those of :class:`Header`."""
 
     def __init__(self, path: str | Path) -> None:
@@ -90,6 +97,7 @@ class Patch:
         )
         self.tensors: dict[str, ChangedTensor] = header["tensors"]
         self.made_by: PatchMadeBy = header["made_by"]
+        self.attached_to: Optional[nn.Module] = None
         for name in self.tensors.keys() ^ set(self.file.names):
             raise WagleError(f"patch {path} is damaged: it describes or holds no tensor {name}")
 
@@ -97,7 +105,7 @@ class Patch:
     def changed(self) -> int:
         return sum(tensor["changed"] for tensor in self.tensors.values())
 
-    def check_layout(self, files: TensorFiles) -> None:
+    def check_layout(self, files: Tensors) -> None:
         """Refuse a model that lacks a tensor of the patch, or has it in another shape or dtype."""
         for name, tensor in self.tensors.items():
             layout = (tensor["dtype"], tuple(tensor["shape"]))
@@ -124,32 +132,97 @@ class Patch:
         card = card_of(base, "wagle_pl", text, self.made_by["records"].get(CARD_FILE) or "")
         return upload(self.path, repo_id, card, **options)
 
-    def frames(self, name: str, word: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each frame of a tensor, yield which words changed (bool), and by how much.
-
-        ``word`` is the unsigned integer type of the tensor's width w; differences are modulo 2ʷ.
-        """
-        total, data, at = prod(self.tensors[name]["shape"]), self.file.words(name), 0
-        for start in range(0, total, FRAME):
-            words = min(FRAME, total - start)
+    def moves(
+        self, name: str, words: np.ndarray, source: End
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each frame of a tensor's words, which are those of ``source``, yield the places of
+        those that change (int64), and these before and after."""
+        data, at, width = self.file.words(name), 0, words.itemsize
+        for start in range(0, len(words), FRAME):
+            count = min(FRAME, len(words) - start)
             try:
                 lengths = _LENGTHS.unpack(data[at : at + _LENGTHS.size].tobytes())
                 middle = at + _LENGTHS.size + lengths[0]
-                where = _inflate(data[at + _LENGTHS.size : middle], words)
+                bits = np.frombuffer(_inflate(data[at + _LENGTHS.size : middle], count), np.uint8)
                 at = middle + lengths[1]
-                planes = _inflate(data[middle:at], words * word.itemsize)
-                bits = np.frombuffer(where, np.uint8)
-                changed: np.ndarray = np.unpackbits(bits, count=words, bitorder="little").view(bool)
-                bytes_ = np.frombuffer(planes, np.uint8).reshape(word.itemsize, changed.sum())
+                planes = np.frombuffer(_inflate(data[middle:at], count * width), np.uint8)
+                places = np.flatnonzero(np.unpackbits(bits, count=count, bitorder="little"))
+                bytes_ = planes.reshape(width, len(places))
             except (struct.error, zlib.error, ValueError) as error:
-                raise WagleError(
-                    f"patch {self.path} is damaged at tensor {name}: {error}"
-                ) from None
-            folded = np.ascontiguousarray(bytes_.T).view(word).reshape(-1)
-            yield changed, (folded >> 1) ^ -(folded & 1)
+                raise self.damaged(name, error) from None
+            folded = np.ascontiguousarray(bytes_.T).view(words.dtype).reshape(-1)
+            step = (folded >> 1) ^ -(folded & 1)
+            before = words[places + start]
+            yield places + start, before, before + (step if source == "base" else -step)
+
+    def damaged(self, name: str, why: object) -> WagleError:
+        return WagleError(f"patch {self.path} is damaged at tensor {name}: {why}")
+
+    def differing(self, tensors: Tensors, source: End) -> Optional[str]:
+        """A tensor whose words that the patch changes are not those of ``source``, or would not
+        become those of the other end; None if there is none."""
+        for name, entry in self.tensors.items():
+            before, after = hashlib.sha256(), hashlib.sha256()
+            for _, old, new in self.moves(name, tensors.words(name), source):
+                before.update(old)
+                after.update(new)
+            digests = (before.hexdigest(), after.hexdigest())
+            if digests[:: 1 if source == "base" else -1] != (entry["base"], entry["unlearned"]):
+                return name
+        return None
+
+    def write(self, tensors: Tensors, source: End) -> Iterator[None]:
+        """Write what becomes of the words of ``source``, a frame at each step."""
+        for name in self.tensors:
+            words = tensors.words(name)
+            for places, _, after in self.moves(name, words, source):
+                tensors.put(name, places, after)
+                yield
+
+    def wrong_model(self, model: str | Path, digest: str, source: End = "base") -> WagleError:
+        """The error that a model with this digest is not the patch's ``source``."""
+        verb, end = {"base": "applies to", "unlearned": "reverts"}[source], getattr(self, source)
+        text = (
+            f"patch {self.path} {verb} the model with digest {end[:12]}, {model} is {digest[:12]}"
+        )
+        return WagleError(text)
+
+    # -- a loaded model ----------------------------------------------------------------------------
+
+    def attach(self, lm: nn.Module) -> Patch:
+        """Turn a loaded base model into the unlearned one, in place, bit for bit.
+
+        As a context manager, the patch is detached at the end. Several can be attached, the latest
+        of which is detached first: each to the model that the one before has made, or, if both have
+        one base and change other weights, beside it.
+
+        Args:
+            lm: a model with the base's weights, in the dtype of its files, on any device.
+
+        Raises:
+            WagleError: if it is another model, whose weights stay as they are.
+        """
+        from wagle_pl.unlearning import serving
+
+        serving.attach(self, lm)
+        return self
+
+    def detach(self) -> None:
+        """Turn the model back into what it was before :meth:`attach`, bit for bit.
+
+        Raises:
+            WagleError: if another patch has been attached later, or weights have been changed or
+                cast. They stay as they are.
+        """
+        from wagle_pl.unlearning import serving
+
+        serving.detach(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
 
-def digest_of(files: TensorFiles) -> str:
+def digest_of(files: Tensors) -> str:
     """SHA-256 over names, dtypes, shapes and raw bytes of all tensors, in the order of their names.
 
     Unlike :func:`wagle_pl.core.weights.weights_digest`, it changes with the dtype and with every bit.
@@ -279,56 +352,37 @@ def _rewrite(
     files = TensorFiles(folder)
     stack = _stack(folder, files, patch, source)
     patch.check_layout(files)
-    damaged = f"patch {patch.path} is damaged"
+    if name := patch.differing(files, source):
+        if stack is None:
+            raise patch.damaged(name, "nothing is written")
+        others = f"the {len(stack)} patches" if len(stack) > 1 else "the patch"
+        raise WagleError(
+            f"patch {patch.path} overlaps {others} applied to {folder} before: both change {name}; "
+            "revert that one first, or unlearn on its result"
+        )
     with atomic_path(output) as temporary:
         temporary.mkdir()
+        _copy_other_files(folder, temporary)
         for file in files.files:
             shutil.copyfile(file.path, temporary / file.path.name)
-            with open(temporary / file.path.name, "r+b") as stream:
-                for name in sorted(patch.tensors.keys() & set(file.names)):
-                    stream.seek(file.offset(name))
-                    if _change(stream, patch, name, file.words(name), source):
-                        continue
-                    if stack is None:
-                        raise WagleError(f"{damaged} at tensor {name}: nothing is written")
-                    others = f"the {len(stack)} patches" if len(stack) > 1 else "the patch"
-                    raise WagleError(
-                        f"patch {patch.path} overlaps {others} applied to {folder} before: both "
-                        f"change {name}; revert that one first, or unlearn on its result"
-                    )
-        _copy_other_files(folder, temporary)
-        written = digest_of(TensorFiles(temporary))
+        made = TensorFiles(temporary, writable=True)
+        for _ in patch.write(made, source):
+            pass
+        written = digest_of(made)
         if stack is None and written != getattr(patch, target):
-            raise WagleError(
-                f"{damaged}: it makes another model than it should; nothing is written"
-            )
+            raise WagleError(f"patch {patch.path} is damaged: nothing is written")
         _write_record(folder, temporary, patch, stack or [], written)
     return written
 
 
-def _change(stream: BinaryIO, patch: Patch, name: str, words: np.ndarray, source: End) -> bool:
-    """Write a tensor with the patch's words changed; returns whether they were as expected."""
-    digest = hashlib.sha256()
-    frames = patch.frames(name, words.dtype)
-    for frame, (changed, step) in zip(_frames(words), frames, strict=True):
-        digest.update(frame[changed])
-        result = np.array(frame)
-        result[changed] += step if source == "base" else -step
-        stream.write(result)
-    return digest.hexdigest() == patch.tensors[name][source]
-
-
 def _stack(folder: Path, files: TensorFiles, patch: Patch, source: End) -> Optional[list[str]]:
     """Patches that a model's record lists; None if the model is exactly the patch's ``source``."""
-    digest, end = digest_of(files), getattr(patch, source)
-    if digest == end:
+    digest = digest_of(files)
+    if digest == getattr(patch, source):
         return None
     noted: Mapping[str, Any] = read_record(str(folder)).get("patched") or {}
     if noted.get("fingerprint") != digest or noted.get("base") != patch.base:
-        verb = "applies to" if source == "base" else "reverts"
-        raise WagleError(
-            f"patch {patch.path} {verb} the model with digest {end[:12]}, {folder} is {digest[:12]}"
-        )
+        raise patch.wrong_model(folder, digest, source)
     is_in = patch.identity in noted["patches"]
     if source == "unlearned" and not is_in:
         raise WagleError(
