@@ -32,7 +32,7 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(7, 6)
+        self.embed = nn.Embedding(7, 6, padding_idx=1)
         self.up = nn.Parameter(torch.randn(2, 6, 5))
         self.norm = nn.LayerNorm(5)
         self.down = nn.Linear(5, 6, bias=False)

@@ -8,8 +8,8 @@ weights, in fp32 for any dtype of the model.
   changed, they are written into the dense tensor first, rounded to its dtype.
 * In the backward pass the gradient of the dense tensor is computed as always; its selected entries
   become the gradient of the values, and the rest is freed.
-* If whole rows or columns of a linear layer are selected, only their gradient is computed, from
-  those columns of the output's gradient or of the inputs.
+* If whole rows or columns of a linear layer or an embedding are selected, only their gradient is
+  computed, from those columns of the output's gradient or of the inputs.
 * So optimiser, weight decay, clipping, noise, averaging callbacks and communication hooks see only
   the values: they can neither read nor write frozen weights. A NaN reaches only selected ones.
 * Values and optimiser state are fp32 under ``bf16-true`` too, so that steps smaller than half a
@@ -241,22 +241,40 @@ class _Reading(nn.Module):
         return self._selected[leaf].weight(leaf == "weight" and is_linear(self))
 
 
-def _forward(self: Any, inputs: Tensor) -> Tensor:
+def _linear(self: Any, inputs: Tensor) -> Tensor:
     """A linear layer's output, without the gradient of rows or columns that are frozen."""
     output = None
     if self._ready is None:
-        output = self._selected["weight"].multiply(inputs, self.bias)
-    return nn.Linear.forward(self, inputs) if output is None else output
+        transposed = not isinstance(self, nn.Linear)  # a Conv1D
+        output = self._selected["weight"].multiply(inputs, self.bias, transposed)
+    return super(_Reading, self).forward(inputs) if output is None else output
+
+
+def _embedding(self: Any, tokens: Tensor) -> Tensor:
+    """An embedding's output, likewise."""
+    output = None
+    if self._ready is None and self.max_norm is None and not self.scale_grad_by_freq:
+        output = self._selected["weight"].look_up(tokens, self.padding_idx)
+    return super(_Reading, self).forward(tokens) if output is None else output
+
+
+def _forward_of(base: type) -> Optional[Callable[..., Tensor]]:
+    """The forward pass of a class of layers that computes the gradient of some lines alone."""
+    from transformers.pytorch_utils import Conv1D
+
+    known: dict[Any, Callable[..., Tensor]] = {nn.Linear.forward: _linear, Conv1D.forward: _linear}
+    known[nn.Embedding.forward] = _embedding
+    return known.get(base.forward)  # type: ignore[attr-defined]
 
 
 @cache  # compiled code is shared by modules of one class
-def _reading(base: type, leaves: tuple[str, ...], by_lines: bool) -> type:
+def _reading(base: type, leaves: tuple[str, ...], forward: Optional[Callable[..., Any]]) -> type:
     """A subclass with properties that read these parameters."""
     members: dict[str, Any] = {}
     for leaf in leaves:
         members[leaf] = property(lambda self, leaf=leaf: self._read(leaf))  # type: ignore[misc]
-    if by_lines:
-        members["forward"] = _forward
+    if forward is not None:
+        members["forward"] = forward
     return type(base.__name__, (_Reading, base), {"__module__": base.__module__, **members})
 
 
@@ -270,9 +288,10 @@ def _hold(module: Any, selected: dict[str, SelectedTensor]) -> Callable[[], None
     base: Any = type(module)
     names = list(module._parameters)
     module._selected, module._ready = selected, None
-    by_lines = base.forward is nn.Linear.forward and "weight" in selected
-    by_lines = by_lines and selected["weight"].lines is not None
-    module.__class__ = _reading(base, tuple(selected), by_lines)
+    forward = None
+    if "weight" in selected and selected["weight"].lines is not None:
+        forward = _forward_of(base)
+    module.__class__ = _reading(base, tuple(selected), forward)
     for leaf, tensor in selected.items():
         if tensor.is_plain:
             continue

@@ -47,13 +47,16 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, values: Tensor, dense: Tensor, bias: Any, tensor: SelectedTensor
-    ) -> Tensor:
-        ctx.tensor, ctx.shape, ctx.dtype = tensor, inputs.shape, inputs.dtype
+        ctx: Any, inputs: Tensor, values: Tensor, dense: Tensor, bias: Any, tensor: SelectedTensor,
+        transposed: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.tensor, ctx.transposed = tensor, transposed
+        ctx.shape, ctx.dtype = inputs.shape, inputs.dtype
         flat = inputs.reshape(-1, inputs.shape[-1]).to(dense.dtype)
         ctx.save_for_backward(flat, dense.detach())
+        weight = dense.T if transposed else dense
         with torch.autocast(flat.device.type, enabled=False):
-            product = F.linear(flat, dense, None if bias is None else bias.to(dense.dtype))
+            product = F.linear(flat, weight, None if bias is None else bias.to(dense.dtype))
         return product.view(*inputs.shape[:-1], -1)
 
     @staticmethod
@@ -62,10 +65,29 @@ class _Multiply(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         of_inputs = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_inputs = (flat @ dense).view(ctx.shape).to(ctx.dtype)
+            weight = dense.T if ctx.transposed else dense
+            of_inputs = (flat @ weight).view(ctx.shape).to(ctx.dtype)
         if ctx.needs_input_grad[3]:
             of_bias = flat.sum(0)
-        return of_inputs, ctx.tensor.take_product(flat, inputs), None, of_bias, None
+        sides = (inputs, flat) if ctx.transposed else (flat, inputs)
+        return of_inputs, ctx.tensor.take_product(*sides), None, of_bias, None, None
+
+
+class _LookUp(torch.autograd.Function):
+    """An embedding of which whole rows or columns are selected: only their gradient is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, values: Tensor, dense: Tensor, unused: Any, tensor: SelectedTensor
+    ) -> Tensor:
+        ctx.tensor, ctx.unused = tensor, unused
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, dense)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        (tokens,) = ctx.saved_tensors
+        return None, ctx.tensor.take_rows(gradient, tokens, ctx.unused), None, None, None
 
 
 class SelectedTensor:
@@ -241,24 +263,60 @@ class SelectedTensor:
         values = torch.zeros((), requires_grad=True) if self.values is None else self.values
         return _Select.apply(values, dense, self, None)
 
-    def multiply(self, inputs: Tensor, bias: Optional[Tensor]) -> Optional[Tensor]:
-        """The output of a linear layer, if whole rows or columns are selected; else None."""
+    def _by_lines(self) -> bool:
+        """Whether a layer may compute the gradient of whole rows or columns alone."""
         needs_all = self.lines is None or self.keeps_dense_gradient
-        if needs_all or self.at_theta0 or not torch.is_grad_enabled():
+        return not needs_all and not self.at_theta0 and torch.is_grad_enabled()
+
+    def multiply(
+        self, inputs: Tensor, bias: Optional[Tensor], transposed: bool
+    ) -> Optional[Tensor]:
+        """The output of a linear layer, if whole rows or columns are selected; else None.
+
+        Args:
+            transposed: the matrix is (in, out).
+        """
+        if not self._by_lines():
             return None
         narrow = self._for_autocast()
         dense = self.write() if narrow is None else narrow
-        return _Multiply.apply(inputs, self.values, dense, bias, self)
+        return _Multiply.apply(inputs, self.values, dense, bias, self, transposed)
 
-    def take_product(self, gradient: Tensor, inputs: Tensor) -> Optional[Tensor]:
-        """The gradient of the values, from (N, out) of a layer's output and its (N, in) inputs."""
+    def look_up(self, tokens: Tensor, unused: Optional[int]) -> Optional[Tensor]:
+        """The output of an embedding, likewise; the row ``unused`` gets no gradient."""
+        if not self._by_lines():
+            return None
+        return _LookUp.apply(tokens, self.values, self.write(), unused, self)
+
+    def take_product(self, left: Tensor, right: Tensor) -> Optional[Tensor]:
+        """The gradient of the values in leftᵀ · right, from (N, rows) and (N, columns)."""
+        sides = [left.T, right.T]
         axis, indices = self.lines
-        sides = [gradient, inputs]
-        sides[axis] = sides[axis].index_select(1, indices)
-        product = sides[0].T @ sides[1]
+        sides[axis] = sides[axis].index_select(0, indices)  # twice as fast as along dimension 1
+        return self._taken(sides[0] @ sides[1].T)
+
+    def take_rows(
+        self, gradient: Tensor, tokens: Tensor, unused: Optional[int]
+    ) -> Optional[Tensor]:
+        """The gradient of the values of an embedding, from that of its output."""
+        axis, indices = self.lines
+        rows, unused = self.parameter.shape[0], -1 if unused is None else unused
+        if axis == 1:
+            gradient = gradient.index_select(-1, indices)
+        else:  # number the selected rows, and let one more stand for all others
+            number = torch.full((rows,), len(indices), device=tokens.device)
+            number[indices] = torch.arange(len(indices), device=tokens.device)
+            if unused >= 0:
+                number[unused] = len(indices)
+            tokens, rows, unused = number[tokens], len(indices) + 1, len(indices)
+        taken = torch.ops.aten.embedding_dense_backward(gradient, tokens, rows, unused, False)
+        return self._taken(taken[: self.values.shape[0]])
+
+    def _taken(self, entries: Tensor) -> Optional[Tensor]:
+        """The gradient of the values, unless it goes into their buffer."""
         if not self.in_place:
-            return product.to(self.values.dtype)
-        self._accumulate(product, None)
+            return entries.to(self.values.dtype)
+        self._accumulate(entries, None)
         return None
 
     def _accumulate(self, entries: Tensor, places: Places) -> None:
