@@ -152,14 +152,17 @@ def two_steps(*options: str, model: Path | str, output: Path | str = "out") -> l
 
 
 def random_bools(
-    shapes: Mapping[str, Sequence[int]], density: float = 0.3, seed: int = 0
+    shapes: Mapping[str, Sequence[int]], density: float = 0.3, seed: int = 0, lines: bool = True
 ) -> dict[str, Tensor]:
-    """Bits by name, each set with a probability."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(tuple(shape), generator=generator) < density
-        for name, shape in shapes.items()
-    }
+    """Bits by name, each set with a probability; with ``lines``, in one matrix of three those of whole rows,
+    and in another those of whole columns."""
+    generator, bools = torch.Generator().manual_seed(seed), {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        numbers = torch.rand(tuple(shape), generator=generator)
+        if lines and len(shape) == 2 and i % 3 and numbers.numel():
+            numbers = numbers.narrow(i % 3 - 1, 0, 1).expand(numbers.shape).clone()
+        bools[name] = numbers < density
+    return bools
 
 
 def write_model(kind: str, folder: Path | str, tokenizer: Any, **sizes: Any) -> str:

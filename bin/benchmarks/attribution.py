@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -257,6 +258,18 @@ def plain_script(settings: Settings) -> dict[str, float]:
     return {**times, "total": times["load"] + passes + times["scores"] + densities}
 
 
+def measure_units(settings: Settings) -> list[Result]:
+    """A whole attribution of rows against one of single weights."""
+
+    def side(unit: str) -> float:
+        module = attribution(settings, unit, density=DENSITY, unit=unit)
+        return seconds(lambda: fit(module, settings, max_epochs=1))
+
+    runs = alternate(settings, {unit: partial(side, unit) for unit in ("weight", "row")})
+    ratio = median(runs["row"]) / median(runs["weight"])
+    return [result("units", ratio, 1.03, False, "x single weights", {"seconds": runs})]
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +435,7 @@ ROWS = {
     "selection": measure_selection,
     "gradient_pass": measure_gradient_pass,
     "whole": measure_whole,
+    "units": measure_units,
     "memory": measure_memory,
     "sums": measure_sums,
     "mask_file": measure_mask_file,

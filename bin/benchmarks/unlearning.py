@@ -35,13 +35,15 @@ from common import (
 from torch import Tensor, nn
 
 from wagle_pl.attribution.selection import select
+from wagle_pl.attribution.units import Units
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.people import bundled
 from wagle_pl.lm import models
 from wagle_pl.lm.inference import forward_answers, sequence_logprobs
 from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
-from wagle_pl.masks.bits import random_bits
+from wagle_pl.masks.bits import filled_bits, random_bits
+from wagle_pl.masks.names import layer_of
 from wagle_pl.unlearning import FinetuneModule, MaskedAdamW, Streams, UnlearnModule
 
 LR, WEIGHT_DECAY = 3e-5, 0.01  # as in configs/tofu
@@ -142,12 +144,25 @@ def unlearn(
     return times
 
 
+#: Masks of whole rows -> the part of the layers, from below, that has none.
+ROWS_OF = {"row": 0.0, "row-upper": 2 / 3}
+
+
 def write_mask(settings: Settings, density: float, by: str = "random") -> str:
-    """A mask file for the model: weights at random, or the largest ones (uneven over tensors, as real masks are)."""
+    """A mask file for the model: weights at random, whole rows at random (of all layers, or of the upper third), or the
+    largest weights (uneven over tensors, as real masks are)."""
     lm = models.load_model(settings.model)
     shapes = parameter_shapes(lm)
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    if by == "random":
+    if by in ROWS_OF:
+        first = int(ROWS_OF[by] * lm.config.num_hidden_layers)
+        among = {n: s for n, s in shapes.items() if not first or (layer_of(n) or 0) >= first}
+        units = Units("row", among)
+        drawn = torch.rand(units.count, generator=torch.Generator().manual_seed(0)).double()
+        chosen = units.choose(drawn, [density], low=False)
+        packed = {name: filled_bits(size, False) for name, size in sizes.items()}
+        packed |= {name: bits for name, (bits,) in units.select(chosen, {})}
+    elif by == "random":
         packed = random_bits(sizes, int(density * sum(sizes.values())), seed=0)
     else:
         named = lm.named_parameters
@@ -184,21 +199,67 @@ class Deadline(L.Callback):
 def measure_masked_step(settings: Settings) -> list[Result]:
     """Row 1: a step within a mask against a step of all weights, on the same batches: the median of their ratios."""
     masks = {f"{density:g}": write_mask(settings, density) for density in (0.2, 0.8)}
+    bars = {"0.2": 1.0, "0.8": 1.05}
+    return step_ratios(settings, "masked_step/density_", masks, bars)
+
+
+def step_ratios(
+    settings: Settings,
+    row: str,
+    masks: Mapping[str, str],
+    bars: Mapping[str, float],
+    **options: Any,
+) -> list[Result]:
+    """Steps within masks against steps of all weights, on the same batches: the median of their ratios."""
 
     def side(name: str) -> Callable[[L.Callback], BatchTimes]:
-        options = {"mask": masks.get(name), "max_epochs": 2 * settings.repeats, "name": name}
-        return lambda turn: unlearn(settings, callbacks=[turn, Deadline(settings)], **options)
+        length = {"max_epochs": 2 * settings.repeats, "name": name, **options}
+        return lambda turn: unlearn(
+            settings, mask=masks.get(name), callbacks=[turn, Deadline(settings)], **length
+        )
 
-    unlearn(settings, max_steps=1)  # a process's first step is slower, whatever it computes
+    # a process's first step is slower, whatever it computes
+    unlearn(settings, max_steps=1, **options)
     found = in_turns({name: side(name) for name in ("dense", *masks)})
     runs = {name: [times] for name, times in found.items()}
     raw = {"step_seconds": step_seconds(runs), "objective": "GradDiff", "mask": "random"}
     dense, results = runs["dense"][0].steps(), []
-    for name, bar in zip(masks, (1.0, 1.05), strict=True):
+    for name, bar in bars.items():
         pairs = zip(runs[name][0].steps(), dense)  # noqa: B905  time may end between two turns
         ratio = median(masked / whole for masked, whole in pairs)
-        results.append(result(f"masked_step/density_{name}", ratio, bar, False, "x dense", raw))
+        results.append(result(row + name, ratio, bar, False, "x dense", raw))
     return results
+
+
+def measure_units(settings: Settings) -> list[Result]:
+    """A step within a mask of whole rows against a step of all weights, as row 1, in ``bf16-true``."""
+    bars = {"row_0.2": 0.8, "row_0.05": 0.72, "row-upper_0.2": 0.6}
+    masks = {
+        name: write_mask(settings, float(density), by)
+        for name in bars
+        for by, density in [name.split("_")]
+    }
+    return step_ratios(settings, "units/", masks, bars, precision="bf16-true")
+
+
+def measure_units_memory(settings: Settings) -> list[Result]:
+    """Memory beyond weights with a mask of whole rows against one of single weights: selected weights, their
+    places, and what a step adds."""
+    masks = {by: write_mask(settings, 0.2, by) for by in ("row", "random")}
+    sides = {
+        by: partial(in_fresh_process, settings, "bytes_beyond_weights", mask=mask)
+        for by, mask in masks.items()
+    }
+    found = alternate(settings, sides)
+    rows, single = (median(sum(run.values()) for run in found[by]) for by in masks)
+    return [result("units/memory", rows / single, 0.6, False, "x single weights", found)]
+
+
+def bytes_beyond_weights(settings: Settings, mask: str) -> dict[str, int]:
+    """What a step holds beside the weights. For a process of its own."""
+    kept, peak = StateBytes(), StepPeak()
+    unlearn(settings, mask=mask, callbacks=[kept, peak], max_steps=1, precision="bf16-true")
+    return {"values": kept.values, "step": peak.bytes}
 
 
 class Update(L.Callback):
@@ -348,7 +409,7 @@ class StateBytes(L.Callback):
     """Counts what the optimiser keeps after its first step."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes = self.values = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: UnlearnModule, *_: Any) -> None:
         """Count state and places of the values; not the values and their gradients."""
@@ -356,7 +417,11 @@ class StateBytes(L.Callback):
         kept = {id(tensor): tensor for tensor in tensors_in(dict(optimizer.state))}
         self.bytes = sum(t.nbytes for t in kept.values() if not isinstance(t, nn.Parameter))
         partial = [t for t in module.selected.tensors.values() if t.is_partial]
-        self.bytes += sum(4 * tensor.count for tensor in partial)  # int32
+        # rows and columns need none
+        places = sum(4 * tensor.count for tensor in partial if tensor.lines is None)  # int32
+        self.bytes += places
+        values = (t.values for t in module.selected.tensors.values() if t.values is not None)
+        self.values = places + sum(value.nbytes for value in values)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -534,6 +599,8 @@ def measure_training(settings: Settings) -> list[Result]:
 
 ROWS = {
     "masked_step": measure_masked_step,
+    "units": measure_units,
+    "units_memory": measure_units_memory,
     "precisions": measure_precisions,
     "npo_step": measure_npo_step,
     "npo_memory": measure_npo_memory,
@@ -542,7 +609,11 @@ ROWS = {
     "training": measure_training,
     "logits": measure_logits,
 }
-CHILDREN = {"unlearning_peak": unlearning_peak, "step_peak": step_peak}
+CHILDREN = {
+    "unlearning_peak": unlearning_peak,
+    "step_peak": step_peak,
+    "bytes_beyond_weights": bytes_beyond_weights,
+}
 
 if __name__ == "__main__":
     main("unlearning", ROWS, CHILDREN)

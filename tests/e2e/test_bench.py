@@ -28,13 +28,14 @@ import common
 ROWS = {
     "unlearning": (
         "masked_step",
+        "units",
         "precisions",
         "npo_step",
         "optimizer_state",
         "padded",
         "training",
     ),
-    "attribution": ("gradient_pass", "whole", "mask_file"),
+    "attribution": ("gradient_pass", "whole", "units", "mask_file"),
     "evaluation": ("likelihoods", "equal"),
 }
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SaveAt, changed, places, same_bits, trainer, trapped
+from helpers import SaveAt, changed, places, random_bools, same_bits, trainer, trapped
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from wagle_pl import FinetuneModule, LoRA, UnlearnModule, WeightMask
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.weights import fingerprint
+from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluate
 from wagle_pl.lm.models import load_model
@@ -168,9 +168,7 @@ def test_a_checkpoint_file(wagle: Any, fails: Any, tiny_model: str) -> None:
 @pytest.fixture
 def random_mask_file(tiny_model, tmp_path):
     lm = load_model(tiny_model)
-    mask = WeightMask.from_bools(
-        {name: torch.rand(p.shape) < 0.3 for name, p in lm.named_parameters()}
-    )
+    mask = WeightMask.from_bools(random_bools(parameter_shapes(lm)))
     mask.metadata["model_fingerprint"] = fingerprint(lm)
     return mask.save(tmp_path / "random")
 

@@ -89,7 +89,7 @@ def counted(
         if task == "attribution":
             module: Any = AttributionModule(lm, density=density, **options)
         else:
-            bools = random_bools(parameter_shapes(lm), density, seed=0)
+            bools = random_bools(parameter_shapes(lm), density, lines=False)
             mask = WeightMask.from_bools(bools) if density < 1 else None
             module = UnlearnModule(lm, mask=mask, lr=1e-3, **options)
             run["max_steps"] = 2

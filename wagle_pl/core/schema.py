@@ -84,6 +84,10 @@ def schema_of(value: Any, integer: Any = float) -> Any:
     Traceback (most recent call last):
     wagle_pl.core.errors.WagleError: x.ckpt: steps: must be a number, got 'x'
     """
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return Tensor
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return TypedDict("Alike", {key: schema_of(item, integer) for key, item in value.items()})
     if value is None:
