@@ -89,11 +89,12 @@ def schema_of(value: Any, integer: Any = float) -> Any:
     if isinstance(value, Tensor):
         return Tensor
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return TypedDict("Alike", {key: schema_of(item, integer) for key, item in value.items()})
+        fields = {key: schema_of(item, integer) for key, item in value.items()}
+        return TypedDict("Alike", fields)  # type: ignore[operator]
     if value is None:
         return Any
     if isinstance(value, (list, tuple)) and value:
-        return tuple[tuple(schema_of(item, integer) for item in value)]
+        return tuple[tuple(schema_of(item, integer) for item in value)]  # type: ignore[misc]
     return integer if type(value) is int else type(value)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Optional, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Optional, TypeAlias, TypedDict
 
 import numpy as np
 from torch import nn
@@ -44,7 +44,7 @@ from wagle_pl.unlearning.export import forgotten, model_card
 if TYPE_CHECKING:
     from wagle_pl.unlearning.serving import LoadedTensors
 
-    Tensors = TensorFiles | LoadedTensors
+    Tensors: TypeAlias = TensorFiles | LoadedTensors
 
 FORMAT = "wagle_pl.patch"
 FORMAT_VERSION = 1
@@ -164,8 +164,8 @@ class Patch(AbstractContextManager["Patch"]):
         for name, entry in self.tensors.items():
             before, after = hashlib.sha256(), hashlib.sha256()
             for _, old, new in self.moves(name, tensors.words(name), source):
-                before.update(old)
-                after.update(new)
+                before.update(old.tobytes())
+                after.update(new.tobytes())
             digests = (before.hexdigest(), after.hexdigest())
             if digests[:: 1 if source == "base" else -1] != (entry["base"], entry["unlearned"]):
                 return name
