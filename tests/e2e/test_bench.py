@@ -28,7 +28,6 @@ import common
 ROWS = {
     "unlearning": (
         "masked_step",
-        "units",
         "precisions",
         "npo_step",
         "optimizer_state",
