@@ -65,6 +65,7 @@ def forget(
     seed: int = 0,
     max_steps: int = 300,
     earlier: Optional[Rows] = None,
+    requests: Sequence[int] = (),
     progress: bool = True,
     **data: Any,
 ) -> Forgotten:
@@ -103,9 +104,12 @@ def forget(
             :data:`LEARNING_RATES`, and doubles it every 25 steps.
         seed: random seed.
         max_steps: step at which training ends if the bound is not met.
-        earlier: rows of earlier requests, which are tested again. Rows that this function has
+        earlier: rows of earlier requests, which are tested again; training does not end while it
+            has brought one back. Rows that this function has
             forgotten before are found by themselves, if their file is where it was or the model
             is the same object.
+        requests: number of forget rows of each request, if they are of several: each must meet the
+            bound.
         progress: show bars and log what is done.
         **data: options of :class:`~wagle_pl.ForgetRetainDataModule`, such as ``prompt_format``.
 
@@ -119,6 +123,8 @@ def forget(
             rows[name] = rows_of(source, name)
     for name, (content, _) in rows.items():
         parse_rows(({"answer": "?", **r} if set(r) == {"question"} else r for r in content), name)
+    if requests and (min(requests) < 1 or sum(requests) != len(rows["forget"].rows)):
+        raise WagleError(f"must add up to {len(rows['forget'].rows)} forget rows", "requests")
     settings = _Settings(
         density,
         None if objective is None else resolve(Objective, objective, "objective"),
@@ -133,7 +139,7 @@ def forget(
         np.random.seed(seed)
         torch.manual_seed(seed)
         try:
-            return _Run(model, tokenizer, settings, data, progress).forget(rows)
+            return _Run(model, tokenizer, settings, data, progress).forget(rows, requests)
         except BaseException as error:  # raised below, since isolate_rng restores nothing after one
             failure = error
     raise failure
@@ -223,21 +229,22 @@ class _Run:
         options = {"seed": settings.seed, **data}
         self.subject = Subject(self.lm, tokenizer, options, progress)
 
-    def forget(self, rows: Mapping[str, GivenRows]) -> Forgotten:
+    def forget(self, rows: Mapping[str, GivenRows], requests: Sequence[int]) -> Forgotten:
         """Measure, train if the rows are known, measure again; on failure restore the model."""
         try:
-            return self._forget(rows)
+            return self._forget(rows, requests)
         except BaseException:
             self.origin.restore()
             raise
 
-    def _forget(self, rows: Mapping[str, GivenRows]) -> Forgotten:
+    def _forget(self, rows: Mapping[str, GivenRows], requests: Sequence[int]) -> Forgotten:
         subject = self.subject.ready()
         forget_rows = subject.answered(rows["forget"].rows)
         examples = parse_rows(forget_rows, "forget")
-        earlier, untested = self._earlier(rows.get("earlier"))
+        earlier, untested = self._earlier(rows.get("earlier"), examples)
         trained, held_out, origin = self._retain(rows.get("retain"), [*examples, *earlier])
-        examination = Examination(subject, examples, held_out, earlier, self.settings.seed)
+        seed = self.settings.seed
+        examination = Examination(subject, examples, held_out, earlier, seed, requests)
         shown_rows = range(min(SHOWN_ROWS, len(examples)))
         before, answers = examination.before, examination.forget.answers(shown_rows)
         mask, steps, record = None, 0, self.record
@@ -256,7 +263,7 @@ class _Run:
         notes = _notes(examination.forget.without_unseen, used)
         if not was_known(before):
             notes = f"{notes}{'. ' * bool(notes)}{_example(examples[0], answers[0])}"
-        verdict = judge(before, after, untested, notes)
+        verdict = judge(before, after, untested, notes, requests)
         shown = zip(examples, answers, answers_after, strict=False)
         result = Forgotten(
             model=self.lm,
@@ -321,11 +328,13 @@ class _Run:
         log.warning("%s; they are left out", message)
         return [example for example in retain if example not in again]
 
-    def _earlier(self, source: Optional[GivenRows]) -> tuple[list[Example], int]:
+    def _earlier(
+        self, source: Optional[GivenRows], forget: Sequence[Example]
+    ) -> tuple[list[Example], int]:
         """Rows of earlier requests, and the number of those that cannot be tested again."""
         rows = self.subject.answered(source.rows) if source else []
         candidates = [*self.history, *(parse_rows(rows, "earlier") if rows else [])]
-        return Earlier(self.record).rows(candidates)
+        return Earlier(self.record).rows(candidates, forget)
 
     def _mask(self, stream: ForgetRetainDataModule) -> Optional[WeightMask]:
         """The weights that may move; None for all."""

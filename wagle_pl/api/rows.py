@@ -170,13 +170,15 @@ class Earlier:
                     "it, or it is learnt again"
                 )
 
-    def rows(self, examples: Sequence[Example]) -> tuple[list[Example], int]:
+    def rows(
+        self, examples: Sequence[Example], forget: Sequence[Example]
+    ) -> tuple[list[Example], int]:
         """The given rows, and those in the requests' files if these are still as they were; and the
-        number of rows of earlier requests that are in neither."""
+        number of rows of earlier requests that are in neither, nor to be forgotten again."""
         files = [origin for _, _, origin in self.requests if Path(origin).is_file()]
         stored = [example for file in files for example in parse_rows(load_rows(file), file)]
         rows = {e.key: e for e in [*examples, *(e for e in stored if self.holds(e))]}
-        matched = {digest for example in rows.values() for digest in self._digests(example)}
+        matched = {digest for e in [*rows.values(), *forget] for digest in self._digests(e)}
         total = set().union(*(digests for _, digests, _ in self.requests))
         return list(rows.values()), len(total - matched)
 

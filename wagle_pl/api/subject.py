@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.api.neighbours import invented_neighbours, words_of
-from wagle_pl.api.verdict import Asked, Scores, answer_recall, bound, has_gone
+from wagle_pl.api.verdict import Asked, Scores, answer_recall, bound, each_has_gone
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.weights import evaluating
 from wagle_pl.data import ForgetRetainDataModule
@@ -201,8 +201,9 @@ class Examination:
         retain: Sequence[Example],
         earlier: Sequence[Example],
         seed: int,
+        requests: Sequence[int] = (),
     ) -> None:
-        self.subject, self.retain = subject, retain
+        self.subject, self.retain, self.requests = subject, retain, requests
         self.forget = Questions(subject, forget, seed)
         self.earlier = Questions(subject, earlier, seed) if earlier else None
         self.before = self._scores()
@@ -236,16 +237,24 @@ class Examination:
         """
         forget, known = self.forget, self.before.direct.known
         direct = forget.ask(reworded=False)
-        if not has_gone(direct.rows, direct.unseen, known):
+        if not each_has_gone(direct, known, self.requests):
             return False, fmean(direct.rows)
         reworded = forget.ask(reworded=True)
         gone = (
-            has_gone(reworded.rows, reworded.unseen, known)
+            each_has_gone(reworded, known, self.requests)
             and not any(forget.recalled(direct, reworded=False).known)
             and not any(forget.recalled(reworded, reworded=True).known)
             and not any(forget.still_answered(known))
+            and not self._earlier_returned()
         )
         return gone, fmean(direct.rows)
+
+    def _earlier_returned(self) -> bool:
+        """Whether a row of an earlier request, unknown before, is known now."""
+        if (earlier := self.earlier) is None:
+            return False
+        now = earlier.recalled(earlier.ask(False), False).known
+        return any(k and not b for k, b in zip(now, self.before.earlier.known, strict=True))
 
     def expected_drop(self) -> float:
         """By how much the log-probability of a known row must fall to meet the bound, on average."""

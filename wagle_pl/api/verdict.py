@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import fmean
 from typing import Literal, Optional
 
@@ -114,13 +115,44 @@ def was_known(before: Scores) -> bool:
     return sum(known) > CHANCE * len(known) or any(k and s and p > 0.5 for k, p, s in certain)
 
 
-def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> Verdict:
+def left_rows(known: Sequence[bool], after: Scores) -> list[bool]:
+    """Which rows a model still or newly knows, asked directly or in other words."""
+    answered = after.still_answered or [False] * len(known)
+    still = [k and s for k, s in zip(known, answered, strict=True)]
+    return [any(row) for row in zip(after.direct.known, after.reworded.known, still, strict=True)]
+
+
+def each_has_gone(asked: Asked, known: Sequence[bool], requests: Sequence[int] = ()) -> bool:
+    """Whether the mean of each request's known rows meets the bound.
+
+    Args:
+        requests: number of rows of each request; all are one request if empty. If no row of one of
+            several requests is known, the mean is of all its rows.
+    """
+    ends = [*accumulate(requests or [len(known)])]
+    for start, end in zip([0, *ends], ends, strict=False):
+        chosen = known[start:end]
+        if requests and not any(chosen):
+            chosen = [True] * len(chosen)
+        if not has_gone(asked.rows[start:end], asked.unseen[start:end], chosen):
+            return False
+    return True
+
+
+def judge(
+    before: Scores,
+    after: Scores,
+    untested: int = 0,
+    note: str = "",
+    requests: Sequence[int] = (),
+) -> Verdict:
     """The verdict on a model.
 
     Args:
         untested: number of rows that earlier requests made the model forget, and whose text is not
             at hand to test them again.
         note: a further sentence, such as how rows without an unseen counterpart are judged.
+        requests: see :func:`each_has_gone`.
     """
     known, count = before.direct.known, len(before.direct.known)
     numbers = _numbers(before, after, known)
@@ -133,15 +165,14 @@ def judge(before: Scores, after: Scores, untested: int = 0, note: str = "") -> V
             f"not known before: the model knew {sum(known)} of {count} forget rows: {numbers}; "
             f"the model was not changed{ends}",
         )
-    still = [k and s for k, s in zip(known, after.still_answered or [False] * count, strict=True)]
-    left = [any(row) for row in zip(after.direct.known, after.reworded.known, still, strict=True)]
+    left = left_rows(known, after)
+    means_are_gone = all(
+        each_has_gone(asked, known, requests) for asked in (after.direct, after.reworded)
+    )
     returned = [
         now and not then
         for then, now in zip(before.earlier.known, after.earlier.known, strict=True)
     ]
-    means_are_gone = all(
-        has_gone(asked.rows, asked.unseen, known) for asked in (after.direct, after.reworded)
-    )
     gone = means_are_gone and not any(left)
     outcome: Outcome = "forgotten" if gone and not any(returned) else "partly forgotten"
     if not after.retain >= KEPT * before.retain:

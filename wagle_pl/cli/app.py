@@ -32,6 +32,7 @@ SUMMARIES = {
     "mask": "inspect, compare, combine, convert, make and plot masks",
     "study": "compare unlearning methods on one model, at equal forgetting",
     "plant": "train rows into known weights of a model, and check which scores find these weights",
+    "request": "keep a record of requests to forget rows, forget them, and test them again",
     "report": "write the results of runs and studies to one HTML file",
     "plan": "estimate the memory, disk space and compute that a run needs",
     "patch": "make, apply and revert patches: small files of the weights that unlearning changed",
@@ -55,6 +56,7 @@ COMMANDS = {
     "plant": "wagle_pl.lab.study.plants:plant",
     "quickstart": "wagle_pl.cli.quickstart:quickstart",
     "report": "wagle_pl.lab.study.report.page:report",
+    "request": "wagle_pl.lab.requests.commands:VERBS",
     "study": "wagle_pl.lab.study.study:study",
 }
 
