@@ -60,6 +60,7 @@ def test_a_signal_ends_the_commands(
     wait_for(lambda: not processes(running.pid), 10)
     printed = Path("printed").read_text()
     assert "Traceback" not in printed and printed.count("stopped by") == (signum == signal.SIGINT)
+    assert signum == signal.SIGKILL or not list(Path().rglob(".wagle-*.tmp"))
 
 
 def test_a_command_that_fails_ends_the_others() -> None:
@@ -71,3 +72,17 @@ def test_a_command_that_fails_ends_the_others() -> None:
     assert running.exitcode == 2
     wait_for(lambda: not processes(running.pid), 10)
     assert "retrained" in line and "(in: wagle fit --config people/finetune" in line
+
+
+def test_what_stands_in_its_way_is_kept() -> None:
+    """A file named as the folder of the first model; a file in that folder."""
+    for name in ("runs/people/base", "runs/people/base/thesis.tex"):
+        path = Path(name)
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        running = start(command, "quickstart", "--trial", output="printed")
+        running.join(60)
+        assert running.exitcode == 2 and path.read_text() == "mine"
+        assert Path("printed").read_text().startswith("wagle: error: output runs/people/base ")
+        path.unlink()
+        path.parent.rmdir()

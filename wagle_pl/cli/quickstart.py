@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from multiprocessing.connection import wait
@@ -17,6 +18,7 @@ from typing import Any
 from wagle_pl.cli import LazyModule, app
 from wagle_pl.cli.messages import fail, mistake, quiet
 from wagle_pl.core.environment import prepare_libraries, silence
+from wagle_pl.core.files import refuse_existing
 from wagle_pl.core.reading import read_json
 from wagle_pl.core.text import markdown_table
 
@@ -24,6 +26,7 @@ people = LazyModule("wagle_pl.data.people")
 tiny = LazyModule("wagle_pl.lm.tiny")
 torch = LazyModule("torch")
 RUNS = Path("runs/people")
+SECONDS_TO_END = 10.0  # in which a command that is ended removes its temporary files
 
 #: Row of the table -> model.
 MODELS = {"target": "target", "retrained": "retrained", "dense NPO": "dense_npo"}
@@ -51,6 +54,7 @@ def quickstart(*, verbose: bool = False, trial: bool = False) -> None:
     """
     started = time.monotonic()
     commands = _commands(trial)
+    refuse_existing(RUNS / "base", overwrite=True, kind="folder")
     print(f"a tiny Llama with random weights in {RUNS}/base, and then:", flush=True)
     _run_all(commands, verbose)
     cells = []
@@ -120,7 +124,11 @@ def _run_all(commands: dict[str, tuple[str, set[str]]], verbose: bool) -> None:
                 done.add(name)
                 print(f"    [{time.monotonic() - since:.0f} s] {name}", flush=True)
     finally:
-        for _, process, _ in running.values():
+        processes = [process for _, process, _ in running.values()]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(SECONDS_TO_END)
             process.kill()
             process.join()
 
@@ -128,6 +136,7 @@ def _run_all(commands: dict[str, tuple[str, set[str]]], verbose: bool) -> None:
 def _run(command: str, verbose: bool) -> None:
     """Run a command, or make the base, in this process, which ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parent = [multiprocessing.parent_process().sentinel]
     threading.Thread(target=lambda: wait(parent) and os._exit(1), daemon=True).start()
     quiet()
