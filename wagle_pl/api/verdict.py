@@ -87,14 +87,16 @@ def above(probability: float, unseen: float) -> bool:
     return probability > bound(unseen)
 
 
-def has_gone(rows: Sequence[float], unseen: Sequence[float], chosen: Sequence[bool]) -> bool:
-    """Whether the mean of the chosen rows is no longer above that of rows never seen."""
+def has_gone(
+    rows: Sequence[float], unseen: Sequence[float], chosen: Sequence[bool], share: float = 1.0
+) -> bool:
+    """Whether the mean of the chosen rows is within a ``share`` of the bound."""
     if not any(chosen):
         return True
-    means = (
+    mean, mean_unseen = (
         fmean(p for p, take in zip(side, chosen, strict=True) if take) for side in (rows, unseen)
     )
-    return not above(*means)
+    return mean <= share * bound(mean_unseen)
 
 
 def answer_recall(question: str, answer: str, generation: str) -> float:
@@ -122,19 +124,22 @@ def left_rows(known: Sequence[bool], after: Scores) -> list[bool]:
     return [any(row) for row in zip(after.direct.known, after.reworded.known, still, strict=True)]
 
 
-def each_has_gone(asked: Asked, known: Sequence[bool], requests: Sequence[int] = ()) -> bool:
+def each_has_gone(
+    asked: Asked, known: Sequence[bool], requests: Sequence[int] = (), share: float = 1.0
+) -> bool:
     """Whether the mean of each request's known rows meets the bound.
 
     Args:
         requests: number of rows of each request; all are one request if empty. If no row of one of
             several requests is known, the mean is of all its rows.
+        share: see :func:`has_gone`.
     """
     ends = [*accumulate(requests or [len(known)])]
     for start, end in zip([0, *ends], ends, strict=False):
         chosen = known[start:end]
         if requests and not any(chosen):
             chosen = [True] * len(chosen)
-        if not has_gone(asked.rows[start:end], asked.unseen[start:end], chosen):
+        if not has_gone(asked.rows[start:end], asked.unseen[start:end], chosen, share):
             return False
     return True
 
