@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_rel
 
 PEOPLE = Path(__file__).parents[2] / "configs/people"
 
@@ -89,3 +89,25 @@ def test_the_page_says_what_was_measured() -> None:
         kept_by = ["–" if np.isnan(v) else f"{v:.3f}" for v in (row.NPO, row.GradDiff)]
         cells = [name, *(f"{v:.2f}" for v in (row.gain, row.damage, row.trade_off)), *kept_by]
         assert f"| {' | '.join(cells)} |" in page
+
+
+def test_the_controls_of_the_page() -> None:
+    """The table, and the paired differences that the page tells."""
+    table = pd.read_csv(PEOPLE / "results/controls.csv")
+    page = (PEOPLE / "theory.md").read_text(encoding="utf-8")
+    for mask, runs in table.groupby("mask"):
+        cells = [str(mask)]
+        for level in ("0.5", "0.3"):
+            kept, steps = runs[f"kept_{level}"].dropna(), runs[f"steps_{level}"].dropna()
+            cells.append(f"{kept.mean():.3f} ± {kept.std():.3f}" if len(kept) else "–")
+            cells.append(f"{steps.iloc[0]:.0f}" if len(kept) else "–")
+        cells.append(f"{runs.least_forget.min():.2f}")
+        assert f"| {' | '.join(cells)} |" in page
+    for other, level, difference, p in (
+        *(("lowest h 0.2", "0.5", "0.012", "0.007"), ("lowest h 0.2", "0.3", "0.021", "0.013")),
+        ("other people", "0.5", "0.003", "0.001"),
+    ):
+        sides = [table[table["mask"] == m][f"kept_{level}"] for m in ("curvature^1 0.2", other)]
+        test = ttest_rel(*sides)
+        assert f"{sides[0].mean() - sides[1].mean():.3f}" == difference
+        assert f"{test.pvalue:.3f}" == p and f"{difference} less" in page
