@@ -123,7 +123,7 @@ def step(wagle: Any, family: Any, rows: dict[str, str]) -> Any:
     """A step of a family's model by their configurations: step("Phi-3.5", "option …"); returns the CLI object."""
     configs = "--config tofu/unlearn_open-unlearning --config model/open-unlearning"
     data = ("--data.forget", rows["forget"], "--data.retain", rows["retain"])
-    quick = "--trainer.max_steps 1 --trainer.precision 32-true --trainer.callbacks null --trainer.devices 1"
+    quick = "--trainer.max_steps 2 --trainer.precision 32-true --trainer.callbacks null --trainer.devices 1"
 
     def run(kind: str, *options: str) -> Any:
         model = ("--model.model", family(kind))
@@ -136,7 +136,7 @@ def step(wagle: Any, family: Any, rows: dict[str, str]) -> Any:
 def test_a_step_on_its_architecture_and_its_prompt(step: Any, kind: str) -> None:
     name = next(name for name in MODELS if name.startswith(kind))
     ran = step(kind, f"--run.name {name}")
-    assert ran.model.global_step == 1 and ran.model.prompts["prompt"] == FAMILIES[kind][2]
+    assert ran.model.global_step == 2 and ran.model.prompts["prompt"] == FAMILIES[kind][2]
     objective = ran.model.objective
     assert (objective.beta, objective.reduction, objective.average) == (0.1, "sum", "tokens")
 
