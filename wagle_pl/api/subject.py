@@ -120,21 +120,30 @@ class Questions:
 
     Args:
         seed: of invented names.
+        draws: which draw of them each row's counterpart is; by default, the one that this model
+            gives the largest probability: the closest to what might be true.
     """
 
-    def __init__(self, subject: Subject, examples: Sequence[Example], seed: int) -> None:
+    def __init__(
+        self, subject: Subject, examples: Sequence[Example], seed: int, draws: Sequence[int] = ()
+    ) -> None:
         self.subject, self.examples = subject, examples
         #: The rows as they are generated: a text is continued from its middle.
         self.prompted = [_continued(example) for example in examples]
-        draws = [invented_neighbours(examples, seed + draw) for draw in range(NEIGHBOURS)]
-        counterparts = [list(filter(None, drawn)) for drawn in zip(*draws, strict=True)]
-        probabilities = iter(subject.probabilities([e for of_row in counterparts for e in of_row]))
-        #: The most probable counterpart of each row: the closest to what might be true. None if a
-        #: row has none.
-        self.unseen: list[Optional[Example]] = []
-        for of_row in counterparts:
-            scored = [(next(probabilities), -number) for number in range(len(of_row))]
-            self.unseen.append(of_row[-max(scored)[1]] if scored else None)
+        drawn = [invented_neighbours(examples, seed + draw) for draw in range(NEIGHBOURS)]
+        counterparts = [list(filter(None, of_row)) for of_row in zip(*drawn, strict=True)]
+        self.draws = [*draws]
+        if not draws:
+            rows = subject.probabilities([e for of_row in counterparts for e in of_row])
+            probabilities = iter(rows)
+            for of_row in counterparts:
+                scored = [(next(probabilities), -number) for number in range(len(of_row))]
+                self.draws.append(-max(scored)[1] if scored else 0)
+        #: The counterpart of each row; None if a row has none.
+        self.unseen: list[Optional[Example]] = [
+            of_row[draw] if of_row else None
+            for of_row, draw in zip(counterparts, self.draws, strict=True)
+        ]
         self._before: dict[bool, list[float]] = {}
         self._answers: dict[bool, dict[int, str]] = {}
 

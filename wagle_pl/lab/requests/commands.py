@@ -161,7 +161,7 @@ def verify(
     name = model or noted.located(noted.model)
     digest, (lm, tokenizer) = testing.model_digest(name), testing.load(name, bits)
     tests = {
-        request.id: testing.examine(lm, tokenizer, rows, request.known, seed)
+        request.id: testing.examine(lm, tokenizer, rows, request.known, request.draws, seed)
         for request, rows in requests
     }
     about = {"model": noted.place(name), "digest": digest, "bits": bits}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,7 @@ class Tested(TypedDict):
 
     outcome: Literal["forgotten", "known", "not known before"]
     known: list[bool]  # rows that were known before anything was forgotten
+    draws: list[Count]  # of the rows' unseen counterparts, as the first test chose them
     left: Count  # rows that the model knows, asked directly or in other words
     before: Optional[Means]  # of the run, if the request was open
     after: Means
@@ -145,13 +146,14 @@ class Request:
     state: State = "open"
     purged: bool = False
     known: list[bool] = field(default_factory=list)  # see :class:`Tested`
+    draws: Sequence[int] = ()
     run: Optional[int] = None  # number of the run that forgot it
     last: Optional[Tested] = None  # test of the register's model
     verified: str = ""  # digest of the model on which the last verification passed
 
     def take(self, tested: Tested) -> None:
         """Note a test of the register's model."""
-        self.last, self.known = tested, tested["known"]
+        self.last, self.known, self.draws = tested, tested["known"], tested["draws"]
         states: dict[str, State] = {"known": "open", "not known before": "not known"}
         self.state = states.get(tested["outcome"], "forgotten")
 
@@ -237,16 +239,20 @@ class Register:
         for name, tested in entry["requests"].items():
             request = self.request(name)
             request.verified = "" if tested["outcome"] == "known" else self.digest
-            if request.state != "open":  # which only a run ends
+            if request.state == "open":  # which only a run ends
+                request.last = tested
+            else:
                 request.take(tested)
 
     def _reverted(self, entry: dict[str, Any]) -> None:
         self.model, self.digest = entry["model"], entry["digest"]
         self.runs.popitem()
+        for request in self.requests.values():
+            request.last = None  # a test of the model that is gone
         for name in (entry["id"], *entry["reopened"]):
             request = self.request(name)
             request.state = "withdrawn" if name == entry["id"] else "open"
-            request.run = request.last = None
+            request.run = None
 
     def _purged(self, entry: dict[str, Any]) -> None:
         self.request(entry["id"]).purged = True

@@ -43,7 +43,12 @@ def model_digest(name: str) -> Optional[str]:
 
 
 def examine(
-    lm: Any, tokenizer: Any, rows: Sequence[Example], known: Sequence[bool], seed: int
+    lm: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    known: Sequence[bool],
+    draws: Sequence[int],
+    seed: int,
 ) -> Tested:
     """Ask a model for the rows of a request, in their own and in other words.
 
@@ -52,20 +57,26 @@ def examine(
     Args:
         known: which rows were known before anything was forgotten; none of them if the request is
             new, or if the model knew no more of it than chance explains.
+        draws: of the rows' unseen counterparts, see :class:`~wagle_pl.api.subject.Questions`: the
+            bound of a request stays that of its first test, whichever model is asked.
     """
     origin = Origin(lm)
     try:
-        questions = Questions(Subject(lm, tokenizer, {"seed": seed}, False).ready(), rows, seed)
+        subject = Subject(lm, tokenizer, {"seed": seed}, False).ready()
+        questions = Questions(subject, rows, seed, draws)
         direct = questions.recalled(questions.ask(reworded=False), reworded=False)
         flags = [any(pair) for pair in zip(known or direct.known, direct.known, strict=True)]
         answered = questions.still_answered(flags)
         reworded = questions.recalled(questions.ask(reworded=True), reworded=True)
     finally:
         origin.move_back()
-    return judged(Scores(direct, reworded, 0.0, still_answered=answered), flags, any(known))
+    scores = Scores(direct, reworded, 0.0, still_answered=answered)
+    return judged(scores, flags, questions.draws, any(known))
 
 
-def judged(scores: Scores, flags: list[bool], was_request_known: bool) -> Tested:
+def judged(
+    scores: Scores, flags: list[bool], draws: Sequence[int], was_request_known: bool
+) -> Tested:
     """What a test says of a request; see :func:`examine`."""
     left = left_rows(flags, scores)
     means: Means = {
@@ -76,6 +87,7 @@ def judged(scores: Scores, flags: list[bool], was_request_known: bool) -> Tested
     tested: Tested = {
         "outcome": "known",
         "known": flags,
+        "draws": [*map(Count, draws)],
         "left": Count(sum(left)),
         "before": None,
         "after": means,
@@ -100,13 +112,16 @@ def forget_open(
     requests = {request.id: request for request in register.testable()}
     rows = {name: register.rows(request) for name, request in requests.items()}
     known = {name: request.known for name, request in requests.items()}
+    draws: dict[str, Sequence[int]] = {name: request.draws for name, request in requests.items()}
 
     def tests_of(lm: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, Tested]:
-        return {n: examine(lm, tokenizer, rows[n], known[n], options["seed"]) for n in names}
+        seed = options["seed"]
+        return {n: examine(lm, tokenizer, rows[n], known[n], draws[n], seed) for n in names}
 
     opened = [name for name, request in requests.items() if request.state == "open"]
     before = tests_of(*load(base), opened)
     known |= {name: tested["known"] for name, tested in before.items()}
+    draws |= {name: tested["draws"] for name, tested in before.items()}
     targets = [name for name, tested in before.items() if tested["outcome"] == "known"]
     entry: dict[str, Any] = dict.fromkeys(("model", "digest", "outcome", "retain", "mask", "patch"))
     entry |= {"base": register.digest, "requests": before, "rejected": None, "reopened": []}
