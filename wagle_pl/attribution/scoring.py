@@ -337,9 +337,7 @@ def masks_of(
         selected = select_each(stream, densities, ranking, spec.scope, shards)
     else:
         units = Units(spec.unit, {name: shapes[name] for name in names}, geometry)
-        values = spec.score.of_units(units.count) if spec.score else None
-        if values is None:
-            values = units.pooled(stream, ranking, spec.pool, shards)
+        values = units.values(spec.score, stream, ranking, spec.pool, shards)
         taken = units.choose(values, densities, ranking.low)
         notes = [units.describe(chosen) for chosen in taken]
         selected = units.select(taken, shards)

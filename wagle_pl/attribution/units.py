@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
+from wagle_pl.attribution.scores import Score
 from wagle_pl.attribution.selection import (
     CHUNK,
     Ranking,
@@ -245,6 +246,18 @@ class Units:
             return parts.view(-1, self.count).amax(0).cpu()
         totals = distributed.all_reduce_sum(totals)
         return totals / self.sizes if pool == "mean" else totals
+
+    def values(
+        self,
+        score: Union[Score, str, None],  # of a complete MaskSpec
+        scores: Scores,
+        ranking: Ranking,
+        pool: Pool,
+        shards: Mapping[str, Shard],
+    ) -> Tensor:
+        """(units,) scores: those that ``score`` has for units, or else :meth:`pooled`. Collective."""
+        values = None if score is None else score.of_units(self.count)
+        return self.pooled(scores, ranking, pool, shards) if values is None else values
 
     def choose(self, values: Tensor, densities: Sequence[float], low: bool) -> list[Tensor]:
         """Which units each density selects: the first in the ranking, of equal ones the first in

@@ -90,7 +90,7 @@ def auroc(
 
 
 def by_weight(
-    collected: Collected, spec: MaskSpec, names: Sequence[str]
+    collected: Collected, spec: MaskSpec, names: Sequence[str], ranking: Ranking
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter, scores of its weights): those of their units, if units are selected."""
     scores = collected.scores(spec.score, set(names))
@@ -98,10 +98,7 @@ def by_weight(
         yield from scores
         return
     units = Units(spec.unit, {name: collected.shapes[name] for name in names}, collected.geometry)
-    values = spec.score.of_units(units.count)
-    if values is None:
-        ranking = Ranking(not spec.score.signed, spec.select == "low")
-        values = units.pooled(lambda: scores, ranking, spec.pool, {})
+    values = units.values(spec.score, lambda: scores, ranking, spec.pool, {})
     for name, (rows, columns) in units.places.items():
         yield name, values[rows[:, None] + columns].float()
 
@@ -112,11 +109,8 @@ def locate(
     """How well a score finds each of some masks: AUROC, and precision: the share of the mask among
     the weights that the score would select at the mask's density (by chance, the density)."""
     masks, names = list(truths.values()), spec.eligible(collected.shapes)
-    areas = auroc(
-        by_weight(collected, spec, names),
-        masks,
-        Ranking(not spec.score.signed, spec.select == "low"),
-    )
+    ranking = Ranking(not spec.score.signed, spec.select == "low")
+    areas = auroc(by_weight(collected, spec, names, ranking), masks, ranking)
     densities: list[Any] = [Fraction(mask.count(), mask.total) for mask in masks]
     specs = [replace(spec, density=density) for density in dict.fromkeys(densities)]
     chosen = {made.density: mask for made, mask in collected.masks(specs, {})}
