@@ -105,9 +105,8 @@ def forget(
         seed: random seed.
         max_steps: step at which training ends if the bound is not met.
         earlier: rows of earlier requests, which are tested again; training does not end while it
-            has brought one back. Rows that this function has
-            forgotten before are found by themselves, if their file is where it was or the model
-            is the same object.
+            has brought one back. Rows that this function has forgotten before are found by
+            themselves, if their file is where it was or the model is the same object.
         requests: number of forget rows of each request, if they are of several: each must meet the
             bound.
         progress: show bars and log what is done.

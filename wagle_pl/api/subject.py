@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.api.neighbours import invented_neighbours, words_of
-from wagle_pl.api.verdict import Asked, Scores, answer_recall, bound, each_has_gone
+from wagle_pl.api.verdict import Asked, Scores, answer_recall, bound, each_has_gone, returned
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.weights import evaluating
 from wagle_pl.data import ForgetRetainDataModule
@@ -265,8 +265,7 @@ class Examination:
         """Whether a row of an earlier request, unknown before, is known now."""
         if (earlier := self.earlier) is None:
             return False
-        now = earlier.recalled(earlier.ask(False), False).known
-        return any(k and not b for k, b in zip(now, self.before.earlier.known, strict=True))
+        return any(returned(self.before.earlier, earlier.recalled(earlier.ask(False), False)))
 
     def expected_drop(self) -> float:
         """By how much the log-probability of a known row must fall to meet the bound, on average."""

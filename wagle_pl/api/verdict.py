@@ -124,6 +124,11 @@ def left_rows(known: Sequence[bool], after: Scores) -> list[bool]:
     return [any(row) for row in zip(after.direct.known, after.reworded.known, still, strict=True)]
 
 
+def returned(before: Asked, after: Asked) -> list[bool]:
+    """Which rows of earlier requests are known now, and were not before."""
+    return [now and not then for then, now in zip(before.known, after.known, strict=True)]
+
+
 def each_has_gone(
     asked: Asked, known: Sequence[bool], requests: Sequence[int] = (), share: float = 1.0
 ) -> bool:
@@ -174,12 +179,9 @@ def judge(
     means_are_gone = all(
         each_has_gone(asked, known, requests) for asked in (after.direct, after.reworded)
     )
-    returned = [
-        now and not then
-        for then, now in zip(before.earlier.known, after.earlier.known, strict=True)
-    ]
+    again = returned(before.earlier, after.earlier)
     gone = means_are_gone and not any(left)
-    outcome: Outcome = "forgotten" if gone and not any(returned) else "partly forgotten"
+    outcome: Outcome = "forgotten" if gone and not any(again) else "partly forgotten"
     if not after.retain >= KEPT * before.retain:
         outcome = "model damaged"
     parts = [f"{outcome}: {sum(known)} of {count} forget rows were known before: {numbers}"]
