@@ -14,7 +14,7 @@ from wagle_pl.cli.tools import EXIT_NOT_FORGOTTEN
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.text import count, fields, short_number, table
-from wagle_pl.lab.requests.register import REGISTER_FILE, Register, Tested, locked
+from wagle_pl.lab.requests.register import REGISTER_FILE, Register, Tested, locked, with_model
 
 parsing = LazyModule("wagle_pl.data.example")
 patches = LazyModule("wagle_pl.unlearning.patch")
@@ -108,9 +108,7 @@ def run(
     folder = Path(register)
     options = {"retain": retain, "density": density, "objective": objective, "score": score}
     options |= {"lr": lr, "max_steps": max_steps, "seed": seed}
-    noted = Register.read(folder)
-    with locked(folder, "model"):
-        noted = Register.read(folder)
+    with with_model(folder) as noted:
         opened = [request.id for request in noted.testable() if request.state == "open"]
         if not opened:
             raise WagleError(f"register {folder} has no open request")
@@ -190,9 +188,7 @@ def revert(
     """
     _check_date(date)
     folder = Path(register)
-    Register.read(folder)
-    with locked(folder, "model"):
-        noted = Register.read(folder)
+    with with_model(folder) as noted:
         number = noted.request(id).run
         if number is None:
             raise WagleError(f"request {id}: no run has forgotten it, so there is none to revert")
@@ -230,9 +226,7 @@ def purge(register: str, id: str, *, date: Optional[str] = None) -> None:
     """
     _check_date(date)
     folder = Path(register)
-    Register.read(folder)
-    with locked(folder, "model"):
-        noted = Register.read(folder)
+    with with_model(folder) as noted:
         request = noted.request(id)
         if request.purged:
             raise WagleError(f"request {id} is purged already")

@@ -312,6 +312,14 @@ def _digest(entry: dict[str, Any]) -> str:
 
 
 @contextmanager
+def with_model(folder: Path) -> Iterator[Register]:
+    """The register in a folder, whose model no other command changes meanwhile."""
+    Register.read(folder)  # before a lock makes the folder
+    with locked(folder, "model"):
+        yield Register.read(folder)
+
+
+@contextmanager
 def locked(folder: Path, what: Literal["entries", "model"] = "entries") -> Iterator[None]:
     """Hold the ``entries`` of a register, for a moment; or its ``model``, for a whole command."""
     lock = outputs.hold(folder / f".{what}.lock", f"another command works on register {folder}")
