@@ -505,7 +505,7 @@ CHUNKED = """
 from wagle_pl.attribution import Random
 
 class Chunked(Random):  # as it is for tensors of many weights
-    largest_draw, chunk = 0, 32
+    chunk = 32
 """
 
 

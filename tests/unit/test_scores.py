@@ -94,41 +94,23 @@ def test_random_depends_on_seed_and_name():
     assert not torch.equal(A.Random(1)(w), A.Random(1)(other))
 
 
-def test_random_draws_what_is_before_its_rows_once(monkeypatch: pytest.MonkeyPatch):
-    theta, drawn, rand = torch.zeros(60, 10), [], torch.rand
-    monkeypatch.setattr(torch, "rand", lambda n, **options: drawn.append(n) or rand(n, **options))
-    score = A.Random(3)
-    for _ in range(4):  # passes over the last 200 of 600 weights
-        for first in (400, 500):
-            rows = theta.view(-1)[first : first + 100]
-            part = score(A.WeightStatistics("w", rows, first=first, total=600))
-            assert torch.equal(
-                part, A.Random(3)(A.WeightStatistics("w", theta)).view(-1)[first:][:100]
-            )
-        score(A.WeightStatistics("other", theta[:1]))
-    whole = 4 * 2 * 600  # of the comparison
-    assert sum(drawn) == 400 + 4 * 200 + 4 * 10 + whole
-
-
-@pytest.mark.parametrize("largest_draw", [1000, 0])
-def test_random_of_some_rows_are_those_of_all(largest_draw: int, monkeypatch: pytest.MonkeyPatch):
-    """Those of a small parameter are one generator's, in any cut; of a large one little more is drawn than is used."""
-    monkeypatch.setattr(A.Random, "largest_draw", largest_draw)
-    monkeypatch.setattr(A.Random, "chunk", 64)
+@pytest.mark.parametrize(("chunk", "drawn_once"), [(64, 64), (1000, 1000)])
+def test_random_of_some_rows_are_those_of_all(
+    chunk: int, drawn_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    """In any cut, and little more is drawn than is used; one generator draws those of a small parameter."""
+    monkeypatch.setattr(A.Random, "chunk", chunk)
     name, theta, rand, drawn = "w", torch.zeros(100, 10), torch.rand, []
-    once = torch.Generator().manual_seed(stable_seed(3, name))
-    first = rand(1000 if largest_draw else 64, generator=once)
+    once = rand(drawn_once, generator=torch.Generator().manual_seed(stable_seed(3, name)))
     monkeypatch.setattr(torch, "rand", lambda n, **options: drawn.append(n) or rand(n, **options))
-    found = A.Random(3)(A.WeightStatistics(name, theta)).view(-1)
-    assert torch.equal(found[: len(first)], first) == bool(largest_draw)
-    assert len(found.unique()) > 990 and sum(drawn) == 1000
-    for rows in ([0, 30, 31, 100], [0, 50, 100]):
-        score = A.Random(3)
-        for start, stop in reversed(list(pairwise(rows))) if largest_draw else pairwise(rows):
-            drawn.clear()
-            part = A.WeightStatistics(name, theta[start:stop], first=10 * start, total=1000)
-            assert torch.equal(score(part).view(-1), found[10 * start : 10 * stop])
-            assert largest_draw or sum(drawn) < 10 * (stop - start) + 64
+    numbers = A.Random(3)(A.WeightStatistics(name, theta)).view(-1)
+    assert torch.equal(numbers[:drawn_once], once) == (chunk == 1000)
+    assert len(numbers.unique()) > 990 and sum(drawn) == 1000
+    for start, stop in pairwise([0, 30, 31, 31, 50, 100, 100]):
+        drawn.clear()
+        part = A.WeightStatistics(name, theta[start:stop], first=10 * start, total=1000)
+        assert torch.equal(A.Random(3)(part).view(-1), numbers[10 * start : 10 * stop])
+        assert sum(drawn) < 10 * (stop - start) + chunk
 
 
 @pytest.mark.parametrize("make", [A.ForgetRetainRatio, A.FisherRatio, A.Curvature])

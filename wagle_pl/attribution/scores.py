@@ -305,9 +305,8 @@ class Wanda(Score):
 class Random(Score):
     """Uniform random numbers in [0, 1): the control for every other score.
 
-    One generator draws the numbers of a parameter with at most ``largest_draw`` weights: in the
-    first of several passes, a rank also draws those before its rows. A larger parameter has one
-    generator for each ``chunk`` of weights, so that a rank draws little more than its own rows.
+    Each ``chunk`` of a parameter's weights has a generator of its own, so that a rank draws little
+    more than its rows; torch's generators cannot skip numbers.
 
     Args:
         seed: of the numbers, which also depend on the parameter's name.
@@ -315,43 +314,23 @@ class Random(Score):
 
     by_row = True
     needs = ()
-    largest_draw: ClassVar[int] = 1 << 25
-    chunk: ClassVar[int] = 1 << 18
+    chunk: ClassVar[int] = 1 << 19
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        #: A generator, its seed, and how many numbers it has drawn.
-        self._source: Optional[tuple[torch.Generator, int, int]] = None
-        #: Seed and how many numbers it has drawn before a rank's rows -> a generator's state (5 kB).
-        self._states: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, w: WeightStatistics) -> Tensor:
-        numbers = torch.empty(w.theta.numel(), dtype=torch.float32)
-        total = len(numbers) if w.total is None else w.total
-        done, chunk = 0, self.chunk if total > self.largest_draw else total
-        while done < len(numbers):
-            number, begin = divmod(w.first + done, chunk)
-            seed = stable_seed(self.seed, w.name, *([number] if chunk < total else []))
-            part = numbers[done : done + chunk - begin]
-            torch.rand(len(part), generator=self._generator(seed, begin), out=part)
-            self._source = self._source[0], seed, begin + len(part)
-            done += len(part)
-        return numbers.view(w.theta.shape).to(w.theta.device)
+        stop = w.first + w.theta.numel()
+        chunked = (stop if w.total is None else w.total) > self.chunk
+        parts = [torch.empty(0)]
+        for begin in range(w.first // self.chunk * self.chunk, stop, self.chunk):
+            seed = stable_seed(self.seed, w.name, *([begin // self.chunk] if chunked else []))
+            generator = torch.Generator().manual_seed(seed)
+            numbers = torch.rand(min(self.chunk, stop - begin), generator=generator)
+            parts.append(numbers[max(0, w.first - begin) :])
+        return torch.cat(parts).view(w.theta.shape).to(w.theta.device)
 
     def of_units(self, count: int) -> Tensor:
         """One number for each unit: means of many weights would be alike, and never the largest."""
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "units"))
         return torch.rand(count, generator=generator)
-
-    def _generator(self, seed: int, begin: int) -> torch.Generator:
-        """A seed's generator after ``begin`` numbers: the last one, or a new one in a kept state."""
-        if self._source is None or self._source[1:] != (seed, begin):
-            generator, at = torch.Generator().manual_seed(seed), (seed, begin)
-            if begin and at not in self._states:
-                for start in range(0, begin, self.chunk):
-                    torch.rand(min(self.chunk, begin - start), generator=generator)
-                self._states[at] = generator.get_state()
-            if begin:
-                generator.set_state(self._states[at])
-            self._source = generator, *at
-        return self._source[0]
