@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Optional
@@ -30,8 +32,9 @@ from wagle_pl import (
 from wagle_pl.api import neighbours
 from wagle_pl.api.neighbours import general_questions, invented_neighbours, without_subject
 from wagle_pl.api.rows import restating, rows_of
-from wagle_pl.api.subject import Questions, StopWhenForgotten, Subject
+from wagle_pl.api.subject import Examination, Questions, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge
+from wagle_pl.core.stopping import Stopped
 from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.evaluation import Options
@@ -240,12 +243,20 @@ def test_an_interrupted_call_gives_the_model_back(
 
     def stop(self: StopWhenForgotten, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 3:
-            raise error
+            how()
+
+    def error() -> None:
+        raise RuntimeError("out of memory")
 
     monkeypatch.setattr(StopWhenForgotten, "on_train_batch_end", stop)
-    for error in (KeyboardInterrupt(), RuntimeError("out of memory")):
-        with pytest.raises(type(error)):
-            forget(lm, FORGET, RETAIN, lr=1e-2, progress=False)
+    monkeypatch.setattr(Examination, "scores", lambda _: how())
+    interrupt, end = (partial(signal.raise_signal, n) for n in (signal.SIGINT, signal.SIGTERM))
+    ends = {interrupt: KeyboardInterrupt, error: RuntimeError, end: Stopped}
+    for how, raised in ends.items():
+        steps = 2 if how is end else 3  # after training, or in it
+        with pytest.raises(raised):
+            forget(lm, FORGET, RETAIN, lr=1e-2, max_steps=steps, progress=False)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         after = dict(lm.named_parameters())
         assert list(after) == list(before)
         for name, (weight, requires_grad) in before.items():

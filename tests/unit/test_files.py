@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from wagle_pl.attribution.scoring import MaskSpec, check_names
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
+from wagle_pl.core.stopping import Stopped
 from wagle_pl.core.tensorfiles import fill, lay_out
 
 
@@ -63,12 +65,16 @@ def _umask() -> int:
     return mask
 
 
-def test_nothing_is_left_beside(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)]
+)
+def test_nothing_is_left_beside(tmp_path: Path, signum: int, raised: type[BaseException]) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "out") as temporary:
+    with pytest.raises(raised), atomic_path(tmp_path / "out") as temporary:
         temporary.mkdir()
         (temporary / "new").write_text("new")
-        raise KeyboardInterrupt
+        signal.raise_signal(signum)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not list((tmp_path / "out").iterdir())
 

@@ -29,6 +29,7 @@ from wagle_pl.core.errors import WagleError, check_density, check_positive
 from wagle_pl.core.hub import load_tokenizer
 from wagle_pl.core.registry import describe, did_you_mean, option_names, resolve
 from wagle_pl.core.schema import check_arguments
+from wagle_pl.core.stopping import undone_at_sigterm
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.example import Example, Row, parse_rows
 from wagle_pl.data.rows import spread
@@ -53,6 +54,7 @@ _HISTORY: WeakKeyDictionary[PreTrainedModel, tuple[dict[str, Any], list[Example]
 )
 
 
+@undone_at_sigterm()
 def forget(
     model: Union[str, Path, PreTrainedModel],
     forget: Rows,
@@ -78,8 +80,9 @@ def forget(
     the rows, it is not trained. The verdict is about what was asked: the model may still know a fact
     in another form, such as a statement to complete or a yes-or-no question, if no row has it.
 
-    A loaded model is changed in place. If the call fails or is interrupted, its weights are again
-    what they were; in every case its flags, dtypes, devices and the random state are.
+    A loaded model is changed in place. If the call fails or is interrupted, by Ctrl-C or SIGTERM, its
+    weights are again what they were; in every case its flags, dtypes, devices and the random state
+    are.
 
     Args:
         model: hub id, folder or GGUF file; or a loaded model.

@@ -20,6 +20,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.hub import upload
 from wagle_pl.core.schema import check
+from wagle_pl.core.stopping import undone_at_sigterm
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm.models import checkpoint_dtype, load_model
 from wagle_pl.lm.saving import Originals, save_model
@@ -109,11 +110,13 @@ class Forgotten:
         )
         yield html.element("section", html.element("h2", "Answers"), *exchanges)
 
+    @undone_at_sigterm()
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what :meth:`save` writes, see :func:`wagle_pl.core.hub.upload`."""
         with tempfile.TemporaryDirectory() as folder:
             return upload(self.save(Path(folder) / "model"), repo_id, **options)
 
+    @undone_at_sigterm()
     def patch(self, path: Union[str, Path], overwrite: bool = False) -> Path:
         """Write the difference from the model before, for ``wagle patch apply`` and ``revert``.
 

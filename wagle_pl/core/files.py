@@ -15,6 +15,7 @@ from typing import Literal, Optional
 from safetensors import SafetensorError
 
 from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.stopping import undone_at_sigterm
 
 #: Errors of a disk that is full or may not be written.
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
@@ -154,7 +155,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         Unwritable: if the disk is full or read-only.
     """
     try:
-        with _atomic_path(Path(path)) as temporary:
+        with undone_at_sigterm(), _atomic_path(Path(path)) as temporary:
             yield temporary
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := _disk_says(error)) is None:

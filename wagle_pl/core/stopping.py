@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Optional
 
@@ -65,6 +66,18 @@ def install(handlers: Mapping[int, Any]) -> dict[int, Any]:
     for signum in before:
         signal.signal(signum, handlers[signum])
     return before
+
+
+@contextmanager
+def undone_at_sigterm() -> Iterator[None]:
+    """Within, SIGTERM raises :class:`Stopped`, as Ctrl-C does KeyboardInterrupt, so that what is
+    unfinished is undone; a handler that somebody has set stays."""
+    ends_at_once = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    outer = install({signal.SIGTERM: raise_stopped} if ends_at_once else {})
+    try:
+        yield
+    finally:
+        install(outer)
 
 
 def imports_done() -> None:
