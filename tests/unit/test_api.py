@@ -15,9 +15,10 @@ from typing import Any, Optional
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from helpers import same_bits, trainer
 from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
 
 from wagle_pl import (
     AttributionModule,
@@ -93,6 +94,13 @@ def test_a_model_a_mask_and_rows_may_be_objects(
         ),
         (lambda: forget(3, FORGET), "model: must be a text, a Path or a PreTrainedModel, got 3"),
         (lambda: forget("m", 3), "forget: must be a file, a hub dataset, a row"),
+        (lambda: forget("m", torch.tensor(3)), "forget: must be a file, a hub dataset, a row"),
+        (lambda: forget("m", dict), "forget: must be a file, a hub dataset, a row"),
+        (
+            lambda: forget("m", DatasetDict(train=Dataset.from_list(FORGET))),
+            "forget: has rows by split: give one of them, such as its 'train'",
+        ),
+        (lambda: forget("m", DataLoader(FORGET, 2)), "forget row 1: 'question' is a list, not a"),
         (lambda: forget("m", None), "forget: must be a file, a hub dataset, a row"),
         (lambda: forget("m", [3]), "forget: row 1 must be a question or a dict"),
         (lambda: forget("m", []), "forget: has no rows"),
@@ -141,6 +149,7 @@ def test_a_model_a_mask_and_rows_may_be_objects(
             lambda: ForgetRetainDataModule(test={"a": int}),
             "data.test.a: must be a list, got <class",
         ),
+        (lambda: ForgetRetainDataModule(tokenizer=5), "data.tokenizer: must be a text, a PreTrain"),
         (lambda: forget("m", FORGET, promt_format=""), "did you mean prompt_format"),
         (lambda: forget("m", FORGET, objective="npoo"), "objective: unknown name"),
         (
@@ -422,6 +431,16 @@ def test_a_card_has_the_licence_of_the_base(tmp_path: Path) -> None:
         assert has in card.split("---")[1]
 
 
+class Indexed(torch.utils.data.Dataset):
+    """Rows by number, as many datasets of torch are: they do not say where they end."""
+
+    def __len__(self) -> int:
+        return len(FORGET)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return FORGET[index % len(FORGET)]
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -430,8 +449,11 @@ def test_a_card_has_the_licence_of_the_base(tmp_path: Path) -> None:
         (row for row in FORGET),
         Dataset.from_list(FORGET),
         pd.DataFrame(FORGET),
+        Dataset.from_list(FORGET).data.table,
+        Indexed(),
+        DataLoader(FORGET, batch_size=None),
     ],
-    ids=["list", "tuple", "generator", "dataset", "frame"],
+    ids=["list", "tuple", "generator", "dataset", "frame", "table", "indexed", "loader"],
 )
 def test_rows_come_in_many_forms(source: Any) -> None:
     assert rows_of(source, "forget").rows == FORGET

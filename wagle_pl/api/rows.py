@@ -55,7 +55,7 @@ def rows_of(source: Rows, name: str) -> GivenRows:
                 f"{name}=[...]"
             )
         return GivenRows([_row(row, name, 0) for row in load_rows(path)], path)
-    items = None if isinstance(source, type) else items_of(source)
+    items = items_of(source, name)
     if items is None:
         raise WagleError(
             f"{name}: must be a file, a hub dataset, a row, or a list of rows and questions, got "

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import lightning as L
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from wagle_pl.core.errors import WagleError, check_counts
 from wagle_pl.core.hub import load_tokenizer
@@ -40,9 +41,6 @@ from wagle_pl.data.example import (
 )
 from wagle_pl.data.rows import load_rows, source_of, spread
 from wagle_pl.data.template import Template, check_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -57,18 +57,28 @@ def source_of(source: Any, name: str) -> Optional[Union[str, list[Row]]]:
     refused by the option's name."""
     if source is None or isinstance(source, (str, Path)):
         return source if source is None else str(source)
-    items = items_of(source)
+    items = items_of(source, name)
     rows = items and [dict(row) if isinstance(row, Mapping) else row for row in items]
     return check(source if rows is None else rows, list[Row], name)
 
 
-def items_of(source: Any) -> Optional[list[Any]]:
-    """The items of a list, generator, dataset or data frame, or one row; None if it is none."""
+def items_of(source: Any, name: str) -> Optional[list[Any]]:
+    """The items of a list, generator, dataset, table or data frame, or one row; None if it is none.
+    Datasets by split are refused by the option's name."""
     if isinstance(source, Mapping):
+        if splits := [split for split, rows in source.items() if hasattr(rows, "column_names")]:
+            raise WagleError(
+                f"has rows by split: give one of them, such as its {splits[0]!r}", name
+            )
         return [source]
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame
-        source = source.to_dict("records")
-    return None if isinstance(source, bytes) or not isinstance(source, Iterable) else [*source]
+    for method, *arguments in (("to_dicts",), ("to_pylist",), ("to_dict", "records")):
+        if hasattr(source, "columns") and hasattr(source, method):  # a data frame, or a table
+            return [*getattr(source, method)(*arguments)]
+    if isinstance(source, (bytes, type)) or getattr(source, "shape", None) == ():
+        return None
+    if not isinstance(source, Iterable) and hasattr(source, "__getitem__"):  # torch's Dataset
+        source = map(source.__getitem__, range(len(source)))
+    return [*source] if isinstance(source, Iterable) else None
 
 
 def spread(rows: list[T], count: Optional[int]) -> list[T]:
