@@ -23,3 +23,15 @@ def test_differences_are_paired_and_drawn_with_their_interval():
     (interval,) = axes.collections[0].get_segments()
     reach = t.ppf(0.975, 2) * 0.1 / 3**0.5
     assert [x for x, _ in interval] == pytest.approx([0.2 - reach, 0.2 + reach])
+
+
+def test_utility_at_equal_forgetting_and_in_equal_steps_is_drawn_too():
+    arms = [
+        {"objective": "NPO", "mask": "dense", "values": {"0": 0.5, "2": 0.6}, "equal_steps": None}
+    ]
+    equal_steps = {"values": {"0": 0.05}, "difference": 0.05}
+    arms += [{"objective": "NPO", "mask": "row", "values": {"0": 0.7}, "equal_steps": equal_steps}]
+    assert differences({"headline": arms, "forget": "forget/probability"}) == {
+        "NPO\nequal forgetting": {"row": [pytest.approx(0.2)]},
+        "NPO\nequal forgetting and steps": {"row": [0.05]},
+    }

@@ -16,27 +16,29 @@ _CONFIDENCE = 0.95
 
 
 def differences(summary: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Differences from dense over the seeds of both: of each test set's probability that is kept,
-    and of the forget rows' after each attack."""
-    entries = list(summary.get("ends") or ())
-    dense = {
-        (e["objective"], e["measure"], e["what"]): e["values"]
-        for e in entries
-        if e["mask"] == "dense"
-    }
+    """Differences from dense over the seeds of both: of the utility at equal forgetting, there in
+    equal steps too, of each test set's probability that is kept, and of the forget rows' after each
+    attack."""
     drawn: dict[str, dict[str, list[float]]] = {}
+    arms = list(summary.get("headline") or ())
+    entries = [{**arm, "title": "equal forgetting"} for arm in arms if arm.get("values")]
+    for entry in summary.get("ends") or ():
+        if entry["measure"] == KEPT:
+            entries.append({**entry, "title": entry["what"]})
+        elif entry["measure"] == summary["forget"] and entry["what"] != WITHOUT:
+            entries.append({**entry, "title": f"forget rows after {entry['what']}"})
+    dense = {(e["objective"], e["title"]): e["values"] for e in entries if e["mask"] == "dense"}
     for entry in entries:
-        key = entry["objective"], entry["measure"], entry["what"]
-        kept = entry["measure"] == KEPT
-        attacked = entry["measure"] == summary["forget"] and entry["what"] != WITHOUT
-        if entry["mask"] == "dense" or key not in dense or not (kept or attacked):
-            continue
-        both = sorted(entry["values"].keys() & dense[key].keys())
-        title = f"{entry['objective']}\n{'' if kept else 'forget rows after '}{entry['what']}"
-        arms = drawn.setdefault(title, {})
-        if both:
-            arms[entry["mask"]] = [entry["values"][seed] - dense[key][seed] for seed in both]
-    return {title: arms for title, arms in drawn.items() if arms}
+        key = entry["objective"], entry["title"]
+        both = sorted(entry["values"].keys() & dense.get(key, {}).keys())
+        if entry["mask"] != "dense" and both:
+            panel = drawn.setdefault("\n".join(key), {})
+            panel[entry["mask"]] = [entry["values"][seed] - dense[key][seed] for seed in both]
+    for arm in arms:
+        if pairs := (arm.get("equal_steps") or {}).get("values"):
+            panel = drawn.setdefault(f"{arm['objective']}\nequal forgetting and steps", {})
+            panel[arm["mask"]] = list(pairs.values())
+    return drawn
 
 
 def forest(drawn: Differences) -> Any:

@@ -28,7 +28,11 @@ AT_END = ("model_utility", "ue_average", "ut_average")
 _ARM: dict[str, Any] = dict.fromkeys(("objective", "mask", "verdict", "why"), str)
 _ARM |= dict.fromkeys(("mean", "std", "difference", "p", "steps", *AT_END), Optional[float])
 _ARM |= {"n": int, "seeds": int, "reached": float, "area": dict[str, Optional[float]]}
-_ARM |= dict.fromkeys(("equal_steps", "learning_rates"), Optional[dict[str, Optional[float]]])
+_EQUAL: dict[str, Any] = dict.fromkeys(("difference", "p", "steps"), Optional[float])
+_EQUAL |= {"values": Optional[dict[str, float]]}
+_ARM |= {"equal_steps": Optional[TypedDict("Equal", _EQUAL)]}  # type: ignore[misc, operator]
+_ARM |= {"values": Optional[dict[str, float]]}
+_ARM |= {"learning_rates": Optional[dict[str, Optional[float]]]}
 _ARM |= {"curve": Optional[list[tuple[float, float]]]}
 _SUMMARY: dict[str, Any] = {"forget": str, "utility": str, "forget_level": Optional[float]}
 _SUMMARY |= dict.fromkeys(("forget_sign", "utility_sign"), Optional[Literal[1, -1]])
@@ -345,7 +349,8 @@ def _against(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) ->
 
 
 def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, Any]]:
-    """``difference``, ``p``, ``n``, mean ``steps`` of :func:`at_equal_steps` over seeds, if any."""
+    """``values``, seed -> difference of :func:`at_equal_steps`, their mean ``difference``, ``p``,
+    ``n``, and mean ``steps``; None if no seed has one."""
     ours, theirs = (
         {
             seed: [Pace(*run) for run in tried[["lr", "steps", "reached"]].itertuples(index=False)]
@@ -353,13 +358,15 @@ def _equal_steps(runs: pd.DataFrame, dense: pd.DataFrame) -> Optional[dict[str, 
         }
         for of in (runs, dense)
     )
-    pairs = [at_equal_steps(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    both = [pair for pair in pairs if pair is not None]
+    pairs = {seed: at_equal_steps(ours[seed], theirs[seed]) for seed in ours if seed in theirs}
+    both = {seed: pair for seed, pair in pairs.items() if pair is not None}
     if not both:
         return None
-    steps, mine, other = zip(*both, strict=True)
+    steps, mine, other = zip(*both.values(), strict=True)
     test = paired(mine, other)
-    return {"difference": test.difference, "p": test.p, "n": test.n, "steps": spread(steps).mean}
+    values = {str(seed): pair[1] - pair[2] for seed, pair in both.items()}
+    numbers = {"difference": test.difference, "p": test.p, "n": test.n}
+    return {"values": values, **numbers, "steps": spread(steps).mean}
 
 
 def _area(best: pd.DataFrame, dense: Optional[pd.DataFrame], by: Compared) -> dict[str, Any]:
