@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,17 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 def close(a: Path | str, b: Path | str) -> bool:
     """Whether two model folders hold the same weights, but for the order of sums in fp32."""
     return difference(weights(a), weights(b)) < 1e-5
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Let no file become larger: every writer meets a real error of the operating system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def same_bits(a: Path | str, b: Path | str) -> bool:

@@ -6,17 +6,15 @@ import errno
 import fcntl
 import os
 import re
-import resource
 import shutil
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked import start
-from helpers import same_bits, wait_for
+from helpers import same_bits, small_files, wait_for
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -218,17 +216,6 @@ def test_a_full_disk_at_the_end(
         assert "No space left on device" in line
         made = "out"
     assert same(kind, "whole", made)
-
-
-@contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """Let no file become larger: every writer meets a real error of the operating system."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_room_for_what_a_command_writes(wagle: Any, fails: Any, tiny_model: str) -> None:

@@ -150,6 +150,11 @@ def test_a_model_a_mask_and_rows_may_be_objects(
             "data.test.a: must be a list, got <class",
         ),
         (lambda: ForgetRetainDataModule(tokenizer=5), "data.tokenizer: must be a text, a PreTrain"),
+        (lambda: forget("m", FORGET, requests=[3]), r"requests: \[0\]: must be a list of 2, got 3"),
+        (
+            lambda: forget("m", FORGET, requests=[([True], [0])]),
+            r"requests: must add up to 3 forget rows, got \[1, 1\]",
+        ),
         (lambda: forget("m", FORGET, promt_format=""), "did you mean prompt_format"),
         (lambda: forget("m", FORGET, objective="npoo"), "objective: unknown name"),
         (
@@ -202,6 +207,8 @@ def test_forget_gives_the_same_for_a_name_and_for_a_model(
     assert same_bits(knowing, tmp_path / "reverted")
     page = result.report(tmp_path / "r.html").read_text()
     assert result.verdict[1:] in page and FORGET[0]["question"] in page
+    tested = {"requests": [([True] * 3, [0] * 3)], "max_steps": 1, "progress": False}
+    assert forget(saved, FORGET, RETAIN, **tested).steps == 1  # no row is known any more
     request = json.loads((saved / "wagle.json").read_text())["lineage"][-1]["request"]
     assert (request["outcome"], request["lr"], request["seed"]) == (result.outcome, 2e-3, 0)
     assert request["forget"] == "3 rows given" and request["after"] == result.after
@@ -511,6 +518,15 @@ KNOWN = scores([0.9, 0.8], [0.05, 0.05])
 def test_the_verdict_is_earned(before: Scores, after: Optional[Scores], outcome: str) -> None:
     verdict = judge(before, after or before)
     assert verdict.outcome == outcome and verdict.sentence.startswith(f"{outcome}: ")
+
+
+@pytest.mark.parametrize(("rows", "outcome"), [(0.3, "partly forgotten"), (0.05, "forgotten")])
+def test_a_request_that_no_row_shows_must_meet_its_bound(rows: float, outcome: str) -> None:
+    before, after = (scores([p] * 2, [0.05] * 2, recall=0.0) for p in (0.3, rows))
+    assert judge(before, after).outcome == "not known before"
+    verdict = judge(before, after, requests=[2], known=[True] * 2)
+    assert verdict.outcome == outcome and "2 of 2 forget rows were known" in verdict.sentence
+    assert ("on average the rows are above the bound" in verdict.sentence) == (rows == 0.3)
 
 
 def test_an_answer_that_is_still_said_is_not_forgotten(knowing: str) -> None:

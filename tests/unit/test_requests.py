@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import words
+from helpers import small_files, words
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,9 +28,10 @@ def facts_of(folder: str | Path) -> Tensor:
 
 
 def write_model(folder: Path, facts: Tensor) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({"facts": facts}, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "wagle.json"):
+        (folder / name).write_text("{}")
     return folder
 
 
@@ -124,7 +124,8 @@ def test_requests_are_forgotten_tested_again_reverted_and_purged(
     begin(request_, "a", "b")
     assert request_("run r --lr 0.1")[0] == 0 and "no open request" in request_("run r")[1]
     assert states() == {"a": "forgotten", "b": "forgotten"}
-    assert world.calls[0]["requests"] == [2, 3] and world.calls[0]["earlier"] is None
+    assert world.calls[0]["requests"] == [([True] * 2, [0]), ([True] * 3, [0])]
+    assert world.calls[0]["earlier"] is None
     assert request_("add r c.jsonl --id c")[0] == 0
     world.brings_back = {1}
     code, printed = request_("run r -o elsewhere")
@@ -139,6 +140,7 @@ def test_requests_are_forgotten_tested_again_reverted_and_purged(
     assert set(states().values()) == {"forgotten"}  # another model's test changes nothing
     assert "run 2 has changed the model since run 1" in request_("revert r a")[1]
     code, printed = request_("revert r c")
+    assert {path.name for path in Path("r/patches").iterdir()} == {"1.patch"}
     assert code == 0 and torch.equal(facts_of("r/models/2-reverted"), facts_of("r/models/1"))
     assert states() == {"a": "forgotten", "b": "forgotten", "c": "withdrawn"}
     assert "forgotten and not verified" in request_("purge r a")[1]
@@ -181,6 +183,10 @@ def test_a_partly_forgotten_run_leaves_the_rest_open(world: World, request_: Com
     assert request_("verify r")[0] == 3 and states()["a"] == "forgotten"  # that is another model
     request_("add r c.jsonl --id c")
     assert "the register's model has" in request_("run r")[1]
+    assert request_("verify r --model r/models/2-reverted --adopt")[0] == 3
+    assert states() == {"a": "open", "b": "withdrawn", "c": "open"}
+    assert "took another model since run 1" in request_("revert r a")[1]
+    assert request_("run r")[0] == 0 and states()["a"] == "forgotten"
 
 
 WRONG = {
@@ -195,6 +201,7 @@ WRONG = {
     "add known b.jsonl --id b --model model": "--model: known has a model already",
     "run r": "register r does not exist",
     "verify known --bits 1": "--bits: must be 2 to 16",
+    "verify known --adopt": "--adopt: takes a --model",
     "revert known a": "no run has forgotten it",
     "revert known x": "register known has no request 'x'",
     "purge known a": "request a is open and not verified",
@@ -227,6 +234,7 @@ def lines(change: Callable[[list[str]], list[str]]) -> None:
         (lambda all_: [*all_, all_[0]], "line 4: an entry before it"),
         (lambda all_: [*all_[:-1], all_[-1][:40]], "line 3: malformed JSON"),
         (lambda all_: ["[]"], "line 1: must be an object"),
+        (lambda all_: all_[:-1], "the end were cut off or changed: 2 of 3 entries are left"),
         (lambda all_: [], "its first entry is missing"),
     ],
 )
@@ -255,23 +263,27 @@ def test_two_at_once_a_full_disk_and_a_kill_lose_nothing(
     for what, command in (("entries", "add r b.jsonl --id b"), ("model", "run r")):
         with registers.locked(Path("r"), what):  # type: ignore[arg-type]
             assert "another command works on register r" in request_(command)[1]
-    replace, failing = os.replace, [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()]
+    with small_files(len(before) + 100):  # which the rows do not reach
+        said = request_("add r b.jsonl --id b")[1]
+    assert "register.jsonl cannot be written (File too large" in said
+    replace = os.replace
 
     def fail(source: Any, target: Any) -> None:
         if Path(target).name == "register.jsonl":
-            raise failing[0]
+            raise KeyboardInterrupt
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    assert "cannot be written (No space left" in request_("add r b.jsonl --id b")[1]
-    failing.pop(0)
     with pytest.raises(KeyboardInterrupt):
         cli.main(["request", "run", "r"])
     assert Path("r/register.jsonl").read_bytes() == before and Path("r/models/1").is_dir()
     monkeypatch.setattr(os, "replace", replace)
     assert request_("add r b.jsonl --id b")[0] == 0
-    assert "models/1 exists already" in request_("run r")[1]
-    assert request_("run r -o r/models/again")[0] == 0 and set(states().values()) == {"forgotten"}
+    assert request_("run r")[0] == 0 and set(states().values()) == {"forgotten"}
+    assert request_("add r c.jsonl --id c")[0] == 0
+    Path("r/models/1").rename("r/models/2")
+    taken = "run r --model r/models/2 -o r/models/2"
+    assert "models/2 exists already" in request_(taken)[1]
 
 
 def test_each_request_meets_the_bound() -> None:

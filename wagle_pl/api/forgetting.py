@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wagle_pl.api.neighbours import retain_questions
 from wagle_pl.api.result import Forgotten
 from wagle_pl.api.rows import Earlier, GivenRows, Rows, restating, row_digest, rows_of
-from wagle_pl.api.subject import Examination, Origin, StopWhenForgotten, Subject
+from wagle_pl.api.subject import Examination, Origin, Requested, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import judge, was_known
 from wagle_pl.attribution import AttributionModule, Score
 from wagle_pl.attribution.scores import Curvature
@@ -28,7 +28,7 @@ from wagle_pl.core.environment import silence
 from wagle_pl.core.errors import WagleError, check_density, check_positive
 from wagle_pl.core.hub import load_tokenizer
 from wagle_pl.core.registry import describe, did_you_mean, option_names, resolve
-from wagle_pl.core.schema import check_arguments
+from wagle_pl.core.schema import check, check_arguments
 from wagle_pl.core.stopping import undone_at_sigterm
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.example import Example, Row, parse_rows
@@ -67,7 +67,7 @@ def forget(
     seed: int = 0,
     max_steps: int = 300,
     earlier: Optional[Rows] = None,
-    requests: Sequence[int] = (),
+    requests: Sequence[Requested] = (),
     progress: bool = True,
     **data: Any,
 ) -> Forgotten:
@@ -110,8 +110,9 @@ def forget(
         earlier: rows of earlier requests, which are tested again; training does not end while it
             has brought one back. Rows that this function has forgotten before are found by
             themselves, if their file is where it was or the model is the same object.
-        requests: number of forget rows of each request, if they are of several: each must meet the
-            bound.
+        requests: if the forget rows are of several requests, what an earlier test said of each:
+            which of its rows were known, and the seeds of their unseen counterparts. Each request
+            must meet its bound, and is trained on until then, also if no row is known any more.
         progress: show bars and log what is done.
         **data: options of :class:`~wagle_pl.ForgetRetainDataModule`, such as ``prompt_format``.
 
@@ -125,8 +126,11 @@ def forget(
             rows[name] = rows_of(source, name)
     for name, (content, _) in rows.items():
         parse_rows(({"answer": "?", **r} if set(r) == {"question"} else r for r in content), name)
-    if requests and (min(requests) < 1 or sum(requests) != len(rows["forget"].rows)):
-        raise WagleError(f"must add up to {len(rows['forget'].rows)} forget rows", "requests")
+    count = len(rows["forget"].rows)
+    check([*requests], list[tuple[list[bool], list[int]]], "requests")
+    sizes = [sum(len(request[side]) for request in requests) for side in (0, 1)]
+    if requests and sizes != [count, count]:
+        raise WagleError(f"must add up to {count} forget rows, got {sizes}", "requests")
     settings = _Settings(
         density,
         None if objective is None else resolve(Objective, objective, "objective"),
@@ -182,7 +186,7 @@ class _Settings:
         The gradient of NPO is 2σ(−βΔ) times that of gradient ascent once it has fallen by Δ.
         """
         if self.objective is None:
-            self.objective = NPO(beta=min(0.1, 5 / drop))
+            self.objective = NPO(beta=5 / max(50.0, drop))
         return self.objective
 
     def describe(self) -> dict[str, Any]:
@@ -231,7 +235,7 @@ class _Run:
         options = {"seed": settings.seed, **data}
         self.subject = Subject(self.lm, tokenizer, options, progress)
 
-    def forget(self, rows: Mapping[str, GivenRows], requests: Sequence[int]) -> Forgotten:
+    def forget(self, rows: Mapping[str, GivenRows], requests: Sequence[Requested]) -> Forgotten:
         """Measure, train if the rows are known, measure again; on failure restore the model."""
         try:
             return self._forget(rows, requests)
@@ -239,7 +243,7 @@ class _Run:
             self.origin.restore()
             raise
 
-    def _forget(self, rows: Mapping[str, GivenRows], requests: Sequence[int]) -> Forgotten:
+    def _forget(self, rows: Mapping[str, GivenRows], requests: Sequence[Requested]) -> Forgotten:
         subject = self.subject.ready()
         forget_rows = subject.answered(rows["forget"].rows)
         examples = parse_rows(forget_rows, "forget")
@@ -250,8 +254,8 @@ class _Run:
         shown_rows = range(min(SHOWN_ROWS, len(examples)))
         before, answers = examination.before, examination.forget.answers(shown_rows)
         mask, steps, record = None, 0, self.record
-        after, answers_after = before, answers
-        if was_known(before):
+        after, answers_after, trains = before, answers, bool(requests) or was_known(before)
+        if trains:
             stream = subject.data(forget=forget_rows, retain=trained)
             mask = self._mask(stream)
             module = self._unlearn(stream, mask, examination)
@@ -263,9 +267,9 @@ class _Run:
         self.origin.move_back()
         used = len(trained) if trained == [example.row for example in held_out] else 0
         notes = _notes(examination.forget.without_unseen, used)
-        if not was_known(before):
+        if not trains:
             notes = f"{notes}{'. ' * bool(notes)}{_example(examples[0], answers[0])}"
-        verdict = judge(before, after, untested, notes, requests)
+        verdict = judge(before, after, untested, notes, examination.requests, examination.known)
         shown = zip(examples, answers, answers_after, strict=False)
         result = Forgotten(
             model=self.lm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import log
 from statistics import fmean
 from typing import Any, Optional
@@ -34,6 +35,9 @@ TENTH = 0.1  # of its probability before: the reference of a row without an unse
 
 #: Other words for a question without a paraphrase of its own.
 WORDINGS = ("I have a question. {question}", "Could you tell me this? {question}")
+
+#: What an earlier test said of a request: which rows were known, and :attr:`Questions.draws`.
+Requested = tuple[Sequence[bool], Sequence[int]]
 
 #: Share of the bound at which training ends: a later test, which sums in another order, agrees.
 MARGIN = 0.99
@@ -120,30 +124,39 @@ class Questions:
 
     Args:
         seed: of invented names.
-        draws: which draw of them each row's counterpart is; by default, the one that this model
-            gives the largest probability: the closest to what might be true.
+        draws: the seed of each row's counterpart; by default, of four from ``seed`` on, the one whose
+            counterpart this model gives the largest probability: the closest to what might be true.
+        requests: number of rows of each request, if they are of several: a row without names takes
+            the answer of another row of its request.
     """
 
     def __init__(
-        self, subject: Subject, examples: Sequence[Example], seed: int, draws: Sequence[int] = ()
+        self,
+        subject: Subject,
+        examples: Sequence[Example],
+        seed: int,
+        draws: Sequence[int] = (),
+        requests: Sequence[int] = (),
     ) -> None:
         self.subject, self.examples = subject, examples
         #: The rows as they are generated: a text is continued from its middle.
         self.prompted = [_continued(example) for example in examples]
-        drawn = [invented_neighbours(examples, seed + draw) for draw in range(NEIGHBOURS)]
-        counterparts = [list(filter(None, of_row)) for of_row in zip(*drawn, strict=True)]
+        ends = [*accumulate(requests or [len(examples)])]
+        parts = [examples[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        invented = {
+            number: [row for part in parts for row in invented_neighbours(part, number)]
+            for number in {*draws} or range(seed, seed + NEIGHBOURS)
+        }
         self.draws = [*draws]
         if not draws:
-            rows = subject.probabilities([e for of_row in counterparts for e in of_row])
+            of_rows = [*zip(*invented.values(), strict=True)]
+            rows = subject.probabilities([e for of_row in of_rows for e in of_row if e])
             probabilities = iter(rows)
-            for of_row in counterparts:
-                scored = [(next(probabilities), -number) for number in range(len(of_row))]
-                self.draws.append(-max(scored)[1] if scored else 0)
+            for of_row in of_rows:
+                scored = [e and (next(probabilities), -n) for n, e in enumerate(of_row)]
+                self.draws.append(seed - max(filter(None, scored), default=(0, 0))[1])
         #: The counterpart of each row; None if a row has none.
-        self.unseen: list[Optional[Example]] = [
-            of_row[draw] if of_row else None
-            for of_row, draw in zip(counterparts, self.draws, strict=True)
-        ]
+        self.unseen = [invented[draw][row] for row, draw in enumerate(self.draws)]
         self._before: dict[bool, list[float]] = {}
         self._answers: dict[bool, dict[int, str]] = {}
 
@@ -213,12 +226,17 @@ class Examination:
         retain: Sequence[Example],
         earlier: Sequence[Example],
         seed: int,
-        requests: Sequence[int] = (),
+        requests: Sequence[Requested] = (),
     ) -> None:
-        self.subject, self.retain, self.requests = subject, retain, requests
-        self.forget = Questions(subject, forget, seed)
+        self.subject, self.retain = subject, retain
+        draws = [draw for _, of_rows in requests for draw in of_rows]
+        #: Number of rows of each request.
+        self.requests = [len(known) for known, _ in requests]
+        self.forget = Questions(subject, forget, seed, draws, self.requests)
         self.earlier = Questions(subject, earlier, seed) if earlier else None
         self.before = self._scores()
+        #: Which forget rows count as known: those that were at an earlier test, or else are now.
+        self.known = [k for known, _ in requests for k in known] or self.before.direct.known
         self.before = self._with_answers(self.before)
 
     def scores(self) -> Scores:
@@ -227,7 +245,7 @@ class Examination:
 
     def _with_answers(self, scores: Scores) -> Scores:
         """The scores, with which of the rows known before the model answers."""
-        still_answered = self.forget.still_answered(self.before.direct.known)
+        still_answered = self.forget.still_answered(self.known)
         return replace(scores, still_answered=still_answered)
 
     def _scores(self) -> Scores:
@@ -247,7 +265,7 @@ class Examination:
         Answers are generated, and other words tried, only once the mean meets it: a generation takes
         many forward passes.
         """
-        forget, known = self.forget, self.before.direct.known
+        forget, known = self.forget, self.known
         direct = forget.ask(reworded=False)
         if not each_has_gone(direct, known, self.requests, MARGIN):
             return False, fmean(direct.rows)
@@ -270,11 +288,11 @@ class Examination:
     def expected_drop(self) -> float:
         """By how much the log-probability of a known row must fall to meet the bound, on average."""
         before, drops = self.before.direct, []
-        rows = zip(self.forget.examples, before.rows, before.unseen, before.known, strict=True)
+        rows = zip(self.forget.examples, before.rows, before.unseen, self.known, strict=True)
         for example, probability, unseen, known in rows:
             labels = self.subject.template.encode(example)["labels"]
             tokens = sum(label != IGNORE for label in labels)
-            drops += [tokens * log(probability / bound(unseen))] if known else []
+            drops += [max(0.0, tokens * log(probability / bound(unseen)))] if known else []
         return fmean(drops)
 
     def measures(self, scores: Scores, answers: Sequence[str]) -> dict[str, float]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, compress
 from statistics import fmean
-from typing import Literal, Optional
+from typing import Literal
 
 from wagle_pl.api.neighbours import words_of
 
@@ -52,6 +52,10 @@ class Asked:
         triples = zip(self.rows, self.unseen, self.recall, strict=True)
         return [above(p, u) and recall > 0.5 for p, u, recall in triples]
 
+    def means(self, chosen: Sequence[bool]) -> tuple[float, float]:
+        """Means of some rows, and of their unseen counterparts."""
+        return fmean(compress(self.rows, chosen)), fmean(compress(self.unseen, chosen))
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -85,18 +89,6 @@ def above(probability: float, unseen: float) -> bool:
     (True, False, False)
     """
     return probability > bound(unseen)
-
-
-def has_gone(
-    rows: Sequence[float], unseen: Sequence[float], chosen: Sequence[bool], share: float = 1.0
-) -> bool:
-    """Whether the mean of the chosen rows is within a ``share`` of the bound."""
-    if not any(chosen):
-        return True
-    mean, mean_unseen = (
-        fmean(p for p, take in zip(side, chosen, strict=True) if take) for side in (rows, unseen)
-    )
-    return mean <= share * bound(mean_unseen)
 
 
 def answer_recall(question: str, answer: str, generation: str) -> float:
@@ -137,15 +129,18 @@ def each_has_gone(
     Args:
         requests: number of rows of each request; all are one request if empty. If no row of one of
             several requests is known, the mean is of all its rows.
-        share: see :func:`has_gone`.
+        share: of the bound.
     """
     ends = [*accumulate(requests or [len(known)])]
     for start, end in zip([0, *ends], ends, strict=False):
+        part = Asked(asked.rows[start:end], asked.unseen[start:end], [])
         chosen = known[start:end]
         if requests and not any(chosen):
             chosen = [True] * len(chosen)
-        if not has_gone(asked.rows[start:end], asked.unseen[start:end], chosen, share):
-            return False
+        if any(chosen):
+            mean, unseen = part.means(chosen)
+            if not mean <= share * bound(unseen):  # NaN, too
+                return False
     return True
 
 
@@ -155,6 +150,7 @@ def judge(
     untested: int = 0,
     note: str = "",
     requests: Sequence[int] = (),
+    known: Sequence[bool] = (),
 ) -> Verdict:
     """The verdict on a model.
 
@@ -162,14 +158,18 @@ def judge(
         untested: number of rows that earlier requests made the model forget, and whose text is not
             at hand to test them again.
         note: a further sentence, such as how rows without an unseen counterpart are judged.
-        requests: see :func:`each_has_gone`.
+        requests: see :func:`each_has_gone`; they were found known by an earlier test.
+        known: which rows count as known; by default those that were ``before``.
     """
-    known, count = before.direct.known, len(before.direct.known)
+    known, count = known or before.direct.known, len(before.direct.known)
     numbers = _numbers(before, after, known)
-    ends = "".join(f". {text}" for text in (_untested(untested), note) if text)
+    ends = f". {note}" if note else ""
+    if untested:
+        told = f"{untested} rows of earlier requests were not tested again"
+        ends = f". {told}: give their file as earlier{ends}"
     if before.retain < IMPROBABLE:
         ends = f". {UNKNOWN_RETAIN}{ends}"
-    if not was_known(before):
+    if not requests and not was_known(before):
         return Verdict(
             "not known before",
             f"not known before: the model knew {sum(known)} of {count} forget rows: {numbers}; "
@@ -200,14 +200,7 @@ def _numbers(before: Scores, after: Scores, known: Sequence[bool]) -> str:
     chosen = known if any(known) else [True] * len(known)
 
     def change(name: str) -> str:
-        sides = []
-        for scores in (before, after):
-            asked = getattr(scores, name)
-            pairs = zip(asked.rows, asked.unseen, chosen, strict=True)
-            row, unseen = (
-                fmean(side) for side in zip(*((p, u) for p, u, take in pairs if take), strict=True)
-            )
-            sides.append((row, unseen))
+        sides = (getattr(scores, name).means(chosen) for scores in (before, after))
         (row, unseen), (row_after, unseen_after) = sides
         return (
             f"{row:.3g} to {row_after:.3g} (rows never seen {unseen:.3g} to {unseen_after:.3g}, so "
@@ -218,9 +211,3 @@ def _numbers(before: Scores, after: Scores, known: Sequence[bool]) -> str:
         f"probability {change('direct')}; in other words {change('reworded')}; retain rows "
         f"{before.retain:.3g} to {after.retain:.3g}"
     )
-
-
-def _untested(count: int) -> Optional[str]:
-    if not count:
-        return None
-    return f"{count} rows of earlier requests were not tested again: give their file as earlier"

@@ -6,6 +6,7 @@ import datetime
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -36,7 +37,7 @@ def add(
         model: folder or hub id of the model that knows the rows; only to begin a register.
         date: date to note, as YYYY-MM-DD.
     """
-    _check_date(date)
+    folder = _folder(register, date)
     if not _ID.fullmatch(id):
         why = "must be at most 64 letters, digits, dots, hyphens or underscores"
         raise WagleError(f"{why}, and begin with a letter or digit, got {id!r}", option="--id")
@@ -44,7 +45,6 @@ def add(
     for number, row in enumerate(examples, 1):
         if row.kind == "prompt":
             raise WagleError(f"{rows}: row {number} has no answer to forget")
-    folder = Path(register)
     new = not (folder / REGISTER_FILE).exists()
     if new != (model is not None):
         why = "begins a register: name its model" if new else "has a model already: leave it out"
@@ -104,8 +104,7 @@ def run(
         seed: random seed.
         date: date to note, as YYYY-MM-DD.
     """
-    _check_date(date)
-    folder = Path(register)
+    folder = _folder(register, date)
     options = {"retain": retain, "density": density, "objective": objective, "score": score}
     options |= {"lr": lr, "max_steps": max_steps, "seed": seed}
     with with_model(folder) as noted:
@@ -113,6 +112,9 @@ def run(
         if not opened:
             raise WagleError(f"register {folder} has no open request")
         target = Path(output or folder / "models" / str(noted.run_count + 1))
+        if output is None:  # a command that was killed may have left a model here
+            models = {entry.get("model") for entry in noted.entries}
+            overwrite = overwrite or noted.place(str(target)) not in models
         refuse_existing(target, overwrite, "--overwrite", kind="folder")
         entry = testing.forget_open(noted, _model(noted, model), target, options, overwrite)
         _append(folder, "run", date, **entry)
@@ -133,6 +135,7 @@ def verify(
     *,
     model: Optional[str] = None,
     bits: Optional[int] = None,
+    adopt: bool = False,
     seed: int = 0,
     date: Optional[str] = None,
 ) -> None:
@@ -145,25 +148,31 @@ def verify(
         register: folder of the register.
         model: hub id, folder or GGUF file of the model that is served; by default the register's.
         bits: round the weights of linear layers to so many bits first, which may undo forgetting.
+        adopt: make the model the register's, such as one that was trained further: requests that it
+            knows are open again, and earlier runs cannot be reverted.
         seed: random seed.
         date: date to note, as YYYY-MM-DD.
     """
-    _check_date(date)
     if bits is not None and not 2 <= bits <= 16:
         raise WagleError(f"must be 2 to 16, got {bits}", option="--bits")
-    folder = Path(register)
+    folder = _folder(register, date)
     noted = Register.read(folder)
     requests = [(request, noted.rows(request)) for request in noted.testable()]
     if not requests:
         raise WagleError(f"register {folder} has no rows to test")
     name = model or noted.located(noted.model)
-    digest, (lm, tokenizer) = testing.model_digest(name), testing.load(name, bits)
-    tests = {
-        request.id: testing.examine(lm, tokenizer, rows, request.known, request.draws, seed)
-        for request, rows in requests
-    }
-    about = {"model": noted.place(name), "digest": digest, "bits": bits}
-    _append(folder, "verified", date, **about, requests=tests)
+    digest = testing.model_digest(name)
+    if adopt and (model is None or digest is None or bits is not None):
+        why = "takes a --model with safetensors files, and no --bits"
+        raise WagleError(f"{why}, got {name}", option="--adopt")
+    with with_model(folder) if adopt else nullcontext():
+        lm, tokenizer = testing.load(name, bits)
+        tests = {
+            request.id: testing.examine(lm, tokenizer, rows, request.known, request.draws, seed)
+            for request, rows in requests
+        }
+        about = {"model": noted.place(name), "digest": digest, "bits": bits, "adopted": adopt}
+        _append(folder, "verified", date, **about, requests=tests)
     _print_tests(tests)
     _exit_unless(all(tested["outcome"] != "known" for tested in tests.values()))
 
@@ -179,6 +188,8 @@ def revert(
 ) -> None:
     """Undo the last run, bit for bit, and withdraw a request of it; its others are open again.
 
+    The patch of the run is deleted: with the model that the run wrote, it leads to the one before.
+
     Args:
         register: folder of the register.
         id: the request.
@@ -186,14 +197,16 @@ def revert(
         model: folder of the register's model, if it has moved.
         date: date to note, as YYYY-MM-DD.
     """
-    _check_date(date)
-    folder = Path(register)
+    folder = _folder(register, date)
     with with_model(folder) as noted:
         number = noted.request(id).run
         if number is None:
             raise WagleError(f"request {id}: no run has forgotten it, so there is none to revert")
-        last, mates = [*noted.runs][-1], noted.of_run(number)
-        if number != last:
+        mates = noted.of_run(number)
+        if number not in noted.runs:
+            why = f"request {id}: the register took another model since run {number} forgot it"
+            raise WagleError(why)
+        if number != (last := [*noted.runs][-1]):
             others = ", ".join(request.id for request in noted.of_run(last))
             why = f"request {id}: run {last} has changed the model since run {number} forgot it"
             raise WagleError(why, hint=f"revert {others} first")
@@ -208,7 +221,7 @@ def revert(
         digest = patches.revert_patch(_model(noted, model), path, target, overwrite)
         reopened = [request.id for request in mates if request.id != id]
         about = {"model": noted.place(str(target)), "digest": digest}
-        _append(folder, "reverted", date, id=id, reopened=reopened, **about)
+        _append(folder, "reverted", date, id=id, reopened=reopened, **about).sweep()
     print(f"{target}: digest {digest}, as before run {number}")
     for request in mates:
         print(f"request {request.id} is {'withdrawn' if request.id == id else 'open again'}")
@@ -217,29 +230,25 @@ def revert(
 def purge(register: str, id: str, *, date: Optional[str] = None) -> None:
     """Delete the text of a request, once the register's model is verified or the request withdrawn.
 
-    With the last request of a run its patch goes, too: it leads back to a model that knows them.
+    With the last request of a run its patch goes, too: it leads back to a model that knows the rows.
 
     Args:
         register: folder of the register.
         id: the request.
         date: date to note, as YYYY-MM-DD.
     """
-    _check_date(date)
-    folder = Path(register)
+    folder = _folder(register, date)
     with with_model(folder) as noted:
         request = noted.request(id)
+        noted.sweep()
         if request.purged:
             raise WagleError(f"request {id} is purged already")
         is_verified = request.state != "open" and request.verified == noted.digest
         if not is_verified and request.state != "withdrawn":
             hint = f"run wagle request verify {folder} first"
             raise WagleError(f"request {id} is {request.state} and not verified", hint=hint)
-        mates = [] if request.run is None else noted.of_run(request.run)
-        if all(mate.purged or mate is request for mate in mates):
-            for file in (folder / "patches").glob(f"{request.run}.*"):
-                file.unlink()
         noted.rows_file(id).unlink(missing_ok=True)  # then noted: the command may be repeated
-        _append(folder, "purged", date, id=id)
+        _append(folder, "purged", date, id=id).sweep()
     print(f"the rows of request {id} are deleted here; models from before it still know them")
 
 
@@ -286,10 +295,12 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-def _append(folder: Path, kind: Any, date: Optional[str], **content: Any) -> None:
+def _append(folder: Path, kind: Any, date: Optional[str], **content: Any) -> Register:
     """Write one more entry into a register that other commands may have changed."""
     with locked(folder):
-        Register.read(folder).append(kind, date, **content)
+        register = Register.read(folder)
+        register.append(kind, date, **content)
+    return register
 
 
 def _model(noted: Register, moved: Optional[str]) -> str:
@@ -298,15 +309,18 @@ def _model(noted: Register, moved: Optional[str]) -> str:
     if moved is None and Path(name).is_absolute() and not Path(name).exists():
         raise WagleError(f"the register's model {name} is missing", hint="give --model if it moved")
     if (digest := testing.model_digest(name)) != noted.digest:
-        raise WagleError(f"{name} has digest {digest}; the register's model has {noted.digest}")
+        why = f"{name} has digest {digest}; the register's model has {noted.digest}"
+        raise WagleError(why, hint="wagle request verify --adopt takes another model")
     return name
 
 
-def _check_date(date: Optional[str]) -> None:
+def _folder(register: str, date: Optional[str]) -> Path:
+    """The folder of a register, once the date of an entry is checked."""
     try:
         datetime.date.fromisoformat(date or "2000-01-01")
     except ValueError:
         raise WagleError(f"must be a date as YYYY-MM-DD, got {date!r}", option="--date") from None
+    return Path(register)
 
 
 def _print_tests(tests: Mapping[str, Tested]) -> None:
@@ -318,6 +332,9 @@ def _print_tests(tests: Mapping[str, Tested]) -> None:
         rows.append([name, tested["outcome"], *map(_number, numbers), left])
     header = ["request", "outcome", "before", "probability", "never seen", "rows known"]
     print(table(header, rows, left=(0, 1)))
+    for name, tested in tests.items():
+        if tested["outcome"] == "known" and not tested["left"]:
+            print(f"request {name}: no row is known, but on average they are above their bound")
 
 
 def _number(value: Optional[float]) -> str:

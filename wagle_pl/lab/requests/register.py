@@ -3,12 +3,13 @@
 A register is a folder::
 
     register.jsonl      one entry a line, each with the SHA-256 of the entry before
+    head.json           the number of entries and the SHA-256 of the last, written after each
     rows/ID.jsonl       the rows of a request, until it is purged
     patches/N.patch     what run N changed, and N.mask.safetensors, which weights it could change
     models/N            the model that run N wrote, unless another folder was named
 
 Entries hold digests of rows, with a salt of the register's own, and numbers; never a row's text. A
-register is a record. Its chain shows accidents and careless changes; who can write the file can
+register is a record. Its chain shows accidents and careless changes; who can write its files can
 also write a new chain, so the last digest is worth noting elsewhere.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,14 +28,14 @@ from typing import Any, Literal, Optional, TypedDict
 from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, write_text
-from wagle_pl.core.reading import parse_json, read_text
+from wagle_pl.core.reading import parse_json, read_json, read_text
 from wagle_pl.core.schema import Count, Json, check
 
 rows_of_api = LazyModule("wagle_pl.api.rows")
 parsing = LazyModule("wagle_pl.data.example")
 outputs = LazyModule("wagle_pl.core.outputs")
 
-REGISTER_FILE = "register.jsonl"
+REGISTER_FILE, HEAD_FILE = "register.jsonl", "head.json"
 Kind = Literal["created", "added", "run", "verified", "reverted", "purged"]
 State = Literal["open", "forgotten", "not known", "withdrawn"]
 
@@ -51,7 +53,7 @@ class Tested(TypedDict):
 
     outcome: Literal["forgotten", "known", "not known before"]
     known: list[bool]  # rows that were known before anything was forgotten
-    draws: list[Count]  # of the rows' unseen counterparts, as the first test chose them
+    draws: list[Count]  # seeds of the rows' unseen counterparts, as the first test chose them
     left: Count  # rows that the model knows, asked directly or in other words
     before: Optional[Means]  # of the run, if the request was open
     after: Means
@@ -110,6 +112,7 @@ class Verified(Entry):
     """A test of every request on a model, maybe rounded to ``bits``."""
 
     model: str
+    adopted: Optional[bool]  # whether the model became the register's
     digest: Optional[str]  # None if the model's files are not safetensors
     bits: Optional[Count]
     requests: dict[str, Tested]
@@ -134,6 +137,13 @@ SCHEMAS: dict[str, Any] = {
     **{"created": Created, "added": Added, "run": Ran, "verified": Verified},
     **{"reverted": Reverted, "purged": Purged},
 }
+
+
+class Head(TypedDict):
+    """The last entry."""
+
+    entries: Count  # number of entries
+    sha256: str
 
 
 @dataclass
@@ -180,11 +190,20 @@ class Register:
         register = cls(folder)
         if not folder.is_dir():
             raise absent("register", folder)
+        head: Optional[Head] = None
+        if (file := folder / HEAD_FILE).exists():
+            head = read_json(file, Head)  # first: an entry may be appended meanwhile
         register.text = read_text(register.path, "register")
         for number, line in enumerate(register.text.splitlines(), 1):
             register._follow(parse_json(line, str(register.path), Entry, line=number), number)
         if not register.entries:
             raise WagleError(f"register {register.path} is empty: its first entry is missing")
+        digests = ["", *(entry["sha256"] for entry in register.entries)]
+        if head is not None and digests[head["entries"] :][:1] != [head["sha256"]]:
+            count = f"{len(register.entries)} of {head['entries']} entries are left"
+            raise WagleError(
+                f"{register.path}: entries at the end were cut off or changed: {count}"
+            )
         return register
 
     def begin(self, date: Optional[str], model: str, digest: str) -> None:
@@ -200,6 +219,8 @@ class Register:
         self._follow(entry, len(self.entries) + 1)
         self.text += f"{json.dumps(entry, ensure_ascii=False)}\n"
         write_text(self.path, self.text)
+        head: Head = {"entries": Count(len(self.entries)), "sha256": self.head}
+        write_text(self.folder / HEAD_FILE, json.dumps(head))
 
     # -- what entries do ---------------------------------------------------------------------------
 
@@ -215,8 +236,15 @@ class Register:
         self.entries.append(entry)
         self.head = entry["sha256"]
 
+    def _take_model(self, entry: dict[str, Any]) -> None:
+        """Go on from the model of an entry."""
+        self.model, self.digest = entry["model"], entry["digest"]
+        for request in self.requests.values():
+            request.last = None  # a test of the model before
+
     def _created(self, entry: dict[str, Any]) -> None:
-        self.salt, self.model, self.digest = (entry[key] for key in ("salt", "model", "digest"))
+        self.salt = entry["salt"]
+        self._take_model(entry)
 
     def _added(self, entry: dict[str, Any]) -> None:
         name = entry["id"]
@@ -225,7 +253,7 @@ class Register:
     def _run(self, entry: dict[str, Any]) -> None:
         self.run_count += 1
         if entry["digest"] is not None:
-            self.model, self.digest = entry["model"], entry["digest"]
+            self._take_model(entry)
             self.runs[self.run_count] = entry
         for name, tested in entry["requests"].items():
             request = self.request(name)
@@ -234,6 +262,9 @@ class Register:
             request.take(tested)
 
     def _verified(self, entry: dict[str, Any]) -> None:
+        if entry.get("adopted"):
+            self._take_model(entry)
+            self.runs.clear()  # their patches do not fit
         if entry["digest"] != self.digest or entry["bits"]:
             return
         for name, tested in entry["requests"].items():
@@ -245,10 +276,8 @@ class Register:
                 request.take(tested)
 
     def _reverted(self, entry: dict[str, Any]) -> None:
-        self.model, self.digest = entry["model"], entry["digest"]
+        self._take_model(entry)
         self.runs.popitem()
-        for request in self.requests.values():
-            request.last = None  # a test of the model that is gone
         for name in (entry["id"], *entry["reopened"]):
             request = self.request(name)
             request.state = "withdrawn" if name == entry["id"] else "open"
@@ -268,6 +297,14 @@ class Register:
     def of_run(self, number: int) -> list[Request]:
         """The requests that a run forgot."""
         return [request for request in self.requests.values() if request.run == number]
+
+    def sweep(self) -> None:
+        """Delete patches and masks of runs that were reverted, whose requests are all purged, or that
+        did not end: they may lead back to a model that knows rows. The caller holds the model."""
+        for file in (self.folder / "patches").glob("*"):
+            match = re.fullmatch(r"(\d+)\.(?:patch|mask\.safetensors)", file.name)
+            if match and all(request.purged for request in self.of_run(int(match[1]))):
+                file.unlink()
 
     def testable(self) -> list[Request]:
         """The requests whose rows are there, without those that are withdrawn."""

@@ -57,8 +57,9 @@ def examine(
     Args:
         known: which rows were known before anything was forgotten; none of them if the request is
             new, or if the model knew no more of it than chance explains.
-        draws: of the rows' unseen counterparts, see :class:`~wagle_pl.api.subject.Questions`: the
-            bound of a request stays that of its first test, whichever model is asked.
+        draws: seeds of the rows' unseen counterparts, see
+            :class:`~wagle_pl.api.subject.Questions`: the bound of a request stays that of its first
+            test, whichever model is asked.
     """
     origin = Origin(lm)
     try:
@@ -130,8 +131,8 @@ def forget_open(
     while returned:
         others = [name for name in rows if name not in targets]
         chosen, earlier = ([e.row for n in names for e in rows[n]] for names in (targets, others))
-        sizes = [len(rows[name]) for name in targets]
-        result = api.forget(base, chosen, earlier=earlier or None, requests=sizes, **options)
+        asked = [(known[name], draws[name]) for name in targets]
+        result = api.forget(base, chosen, earlier=earlier or None, requests=asked, **options)
         after = tests_of(result.model, result.tokenizer, list(rows))
         returned = [name for name in others if after[name]["outcome"] == "known"]
         if returned:
