@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -241,3 +242,21 @@ def test_the_tables_follow_from_the_runs(name: str) -> None:
 
 def test_the_page_is_short() -> None:
     assert (CONFIGS / "tofu/README.md").read_text().count("\n") <= 150
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).splitlines()
+    titles = [line.lstrip("# ").lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*sorted(CONFIGS.rglob("*.md")), CONFIGS.parent / "README.md"])
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in headings(target), link
