@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import xml.etree.ElementTree as ElementTree
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,40 @@ def test_invert_and_random(mask: Any) -> None:
     assert WeightMask.load("not_a") == ~WeightMask.load("a")
     assert "random" in mask("random a --seed 3 -o random") and Path("random.safetensors").is_file()
     assert WeightMask.load("random") == WeightMask.load("a").random_like(3)
+
+
+def test_split(mask: Any, refuses: Any) -> None:
+    """Parts are disjoint, their union is the mask, and of every tensor each has its share, exactly."""
+    a = WeightMask.load("a")
+    assert "part-8.safetensors" in mask("split a --parts 8 -o parts --seed 3")
+    parts = [WeightMask.load(f"parts/part-{number}") for number in range(1, 9)]
+    assert reduce(operator.or_, parts) == a
+    assert sum(part.count() for part in parts) == a.count()
+    for counts in [part.count() for part in parts], *([p.count(n) for p in parts] for n in a):
+        assert max(counts) - min(counts) <= 1
+    assert parts[0].origin == "part 1 of 8 of (Wagle, density 0.5)"
+    assert parts[0].metadata["model_fingerprint"] == "f" * 64
+    mask("split a --parts 8 -o again --seed 3")
+    assert WeightMask.load("again/part-5") == parts[4]
+    assert "parts: must be 2 to" in refuses("split a --parts 1 -o one")
+    assert "parts exists already" in refuses("split a --parts 8 -o parts")
+
+
+def test_split_keeps_rows_and_columns_whole(mask: Any) -> None:
+    rows = {"rows": torch.zeros(7, 5, dtype=torch.bool), "bias": torch.ones(4, dtype=torch.bool)}
+    rows |= {"columns": torch.zeros(6, 9, dtype=torch.bool), "all": torch.ones(3, 2) > 0}
+    rows["rows"][[0, 2, 3, 6]] = rows["columns"][:, [1, 2, 8]] = True
+    WeightMask.from_bools(rows).save("lines")
+    mask("split lines --parts 2 -o parts")
+    parts = [WeightMask.load(f"parts/part-{number}") for number in (1, 2)]
+    assert parts[0] | parts[1] == WeightMask.from_bools(rows) and not (parts[0] & parts[1]).count()
+    for part in parts:
+        assert all(
+            (part[name].sum(1) % width == 0).all() for name, width in (("rows", 5), ("all", 2))
+        )
+        assert (part["columns"].sum(0) % 6 == 0).all()
+        assert part.count("rows") == 10 and part.count("bias") == 2
+    assert abs(parts[0].count() - parts[1].count()) <= 6
 
 
 def test_outputs_are_not_replaced_unasked(mask: Any, refuses: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SaveAt, changed, places, random_bools, same_bits, trainer, trapped
+from helpers import SaveAt, changed, moved, places, random_bools, same_bits, trainer, trapped
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
@@ -78,7 +78,7 @@ def test_a_killed_run_continues_to_the_same_bits(
     wagle, tiny_model, tmp_path, kind, accumulate, kills
 ):
     fit = (training(kind, accumulate), "--model.model", tiny_model)
-    if kind == "npo":
+    if kind in ("finetune", "npo"):
         wagle(ATTRIBUTE, "--model.model", tiny_model)
         fit += ("--model.mask mask.safetensors",)
     wagle(*fit, "--model.output whole", KEEP, "whole_ckpt")
@@ -123,7 +123,7 @@ def test_a_checkpoint_at_any_batch_continues_to_the_same_bits(
 def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     """The module as Lightning gives it back has the weights that the run wrote, answers, and can be tested."""
     fit = [training(kind if kind != "adapter" else "po"), "--model.model", tiny_model]
-    if kind == "npo":
+    if kind in ("finetune", "npo"):
         wagle(ATTRIBUTE, "--model.model", tiny_model)
         fit.append("--model.mask mask.safetensors")
     if kind == "adapter":
@@ -136,6 +136,9 @@ def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     if kind != "adapter":
         written, here = load_file("out/model.safetensors"), dict(module.lm.named_parameters())
         assert all(torch.equal(written[name], here[name]) for name in here)
+        mask, moves = WeightMask.load("mask"), moved(tiny_model, "out")
+        assert not any((bits & ~mask[name]).any() for name, bits in moves.items())
+        assert "frozen weights are bit-identical" in Path("out/README.md").read_text()
     ids = module.tokenizer("Who?", return_tensors="pt").input_ids
     assert module.lm.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= ids.shape[1]
     tester = trainer(callbacks=[evaluate := Evaluate()])

@@ -21,7 +21,7 @@ from wagle_pl.core.errors import Diverged, WagleError
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.selected import SUFFIX
 from wagle_pl.objectives import Objective, Streams
-from wagle_pl.unlearning import UnlearnModule
+from wagle_pl.unlearning import FinetuneModule, UnlearnModule
 from wagle_pl.unlearning.checks import FiniteSteps, FrozenWeights
 from wagle_pl.unlearning.optim import MaskedAdamW, SignSGD, Sophia
 
@@ -90,11 +90,11 @@ class Apart(Objective):
         return (at.lm(x) - x[:, :1]).float().pow(2).mean(-1)
 
 
-class Unlearn(UnlearnModule):
-    """``UnlearnModule`` with all its steps, on a model without tokens."""
+class OnStack:
+    """A module with all its steps, on a model without tokens."""
 
     def __init__(self, stack: Stack, mask: WeightMask, **kwargs: Any) -> None:
-        super().__init__(model="none", output="none", objective=Apart(), **kwargs)
+        super().__init__(model="none", output="none", **kwargs)
         self.stack, self.given_mask = stack, mask
 
     def setup(self, stage: str) -> None:
@@ -115,6 +115,19 @@ class Unlearn(UnlearnModule):
 
     def record(self) -> dict[str, Any]:
         return {}
+
+
+class Unlearn(OnStack, UnlearnModule):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, objective=Apart(), **kwargs)
+
+
+class Finetune(OnStack, FinetuneModule):
+    def streams_of(self, batch: Any) -> Streams:
+        return Streams(batch, self.run_lm, {}, self.lm)
+
+    def losses(self, at: Streams) -> dict[str, Tensor]:
+        return {"loss": Apart.distance(at, "retain").mean()}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -201,6 +214,7 @@ def fit(
     clip_scope=st.sampled_from(["selected", "all"]),
     accumulate=st.sampled_from([1, 2, 3]),
     resume_at=st.sampled_from([None, 1, 2]),
+    kind=st.sampled_from([Unlearn, Finetune]),
     seed=st.integers(0, 99),
 )
 def test_frozen_weights_keep_their_bits(
@@ -214,6 +228,7 @@ def test_frozen_weights_keep_their_bits(
     accumulate,
     precision,
     resume_at,
+    kind,
     seed,
 ) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "precision": precision}
@@ -221,9 +236,9 @@ def test_frozen_weights_keep_their_bits(
         options |= {"gradient_clip_algorithm": clip[0], "gradient_clip_val": clip[1]}
     folder = tmp_path_factory.mktemp("fit")
 
-    def module() -> tuple[Unlearn, dict[str, Tensor]]:
+    def module() -> tuple[OnStack, dict[str, Tensor]]:
         stack, how = made(widths, seed, precision), {"clip_scope": clip_scope}
-        unlearn = Unlearn(stack, random_mask(stack, density, seed), verify="step", **how)
+        unlearn = kind(stack, random_mask(stack, density, seed), verify="step", **how)
         unlearn.make_optimizer = partial(make, optimizer, decay=decay)
         return unlearn, start_of(stack)
 
@@ -505,9 +520,10 @@ def test_digests_see_every_frozen_bit() -> None:
         word[-1] ^= 1
 
 
-def test_a_checkpoint_of_another_mask_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Unlearn, Finetune])
+def test_a_checkpoint_of_another_mask_is_refused(tmp_path: Path, kind: Any) -> None:
     stack = Stack([5, 4], seed=4)
-    fit(Unlearn(stack, random_mask(stack, 0.5, 0)), tmp_path, 1)
+    fit(kind(stack, random_mask(stack, 0.5, 0)), tmp_path, 1)
     (checkpoint,) = tmp_path.glob("*.ckpt")
     with pytest.raises(WagleError, match="another mask"):
-        fit(Unlearn(stack, random_mask(stack, 0.5, 1)), tmp_path, 2, resume=str(checkpoint))
+        fit(kind(stack, random_mask(stack, 0.5, 1)), tmp_path, 2, resume=str(checkpoint))

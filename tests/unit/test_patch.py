@@ -353,6 +353,13 @@ def test_a_loaded_model_switches_in_place_and_back(
             assert same_bits(held(lm), both)
         assert same_bits(held(lm), of["a"])
     assert same_bits(held(lm), old)
+    a, b = (Patch(served[name]).attach(lm) for name in "ab")
+    a.detach()  # the one below, as b is beside it
+    assert same_bits(held(lm), of["b"])
+    a.attach(lm)
+    for patch in (b, a):
+        patch.detach()
+    assert same_bits(held(lm), old)
     assert pointers == [p.data_ptr() for p in lm.parameters()]  # no second copy
 
 
@@ -380,8 +387,10 @@ def test_what_cannot_be_attached_or_detached_leaves_the_model_as_it_is(
     refuse(lambda: a.attach(lm), "attached already")
     refuse(lambda: Patch(a.path).attach(lm), "attached to this model already")
     refuse(lambda: c.attach(lm), "overlaps one that is attached: both change")
+    d = Patch(served["d"]).attach(lm)
+    refuse(a.detach, r"d\.patch was attached after .*a\.patch: detach it first")
+    d.detach()
     b.attach(lm)
-    refuse(a.detach, r"b\.patch was attached after .*a\.patch: detach it first")
     start = held(lm)
     lm.bfloat16()
     refuse(b.detach, "in another shape or dtype")

@@ -1,4 +1,4 @@
-"""``wagle mask``: inspect, compare, combine, convert, make and plot masks."""
+"""``wagle mask``: inspect, compare, combine, convert, make, split and plot masks."""
 
 from __future__ import annotations
 
@@ -171,6 +171,25 @@ def random(like: str, *, output: str, seed: int = 0, overwrite: bool = False) ->
     _write(lambda: masks.WeightMask.load(like).random_like(seed), output, overwrite)
 
 
+def split(file: str, *, output: str, parts: int, seed: int = 0, overwrite: bool = False) -> None:
+    """Split a mask into disjoint masks of equal size, drawn at random from every tensor.
+
+    A mask of whole rows or columns is split into whole rows or columns. Parts that are trained
+    apart, each from the base within its mask, can be stacked and deleted as patches.
+
+    Args:
+        file: mask file.
+        output: folder to write part-1.safetensors, part-2.safetensors, ... to.
+        parts: number of masks.
+        seed: random seed.
+    """
+    from wagle_pl.masks.parts import split
+
+    refuse_existing(Path(output), overwrite, "--overwrite", kind="files")
+    for number, mask in enumerate(split(masks.WeightMask.load(file), parts, seed), 1):
+        _report(mask, mask.save(Path(output) / f"part-{number}"))
+
+
 def select(
     scores: str,
     *,
@@ -222,7 +241,8 @@ def plot(
 
 
 VERBS = {
-    verb.__name__: verb for verb in (info, compare, combine, invert, convert, random, select, plot)
+    verb.__name__: verb
+    for verb in (info, compare, combine, invert, convert, random, split, select, plot)
 }
 
 

@@ -192,13 +192,13 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     }
     if run.get("adapter"):
         facts["Adapter"] = run["adapter"]
-    elif run.get("objective"):
+    elif run.get("objective") or run.get("mask"):
         facts |= {"Mask": _mask(run), "Guarantee": run.get("verified") or "not checked"}
     return facts
 
 
 def _mask(run: Mapping[str, Any]) -> str:
-    if not run.get("objective"):
+    if not run.get("objective") and not run.get("mask"):
         return ""
     if run.get("adapter"):
         return f"none ({run['adapter']['class']})"

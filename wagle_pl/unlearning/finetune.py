@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -27,12 +27,10 @@ from wagle_pl.lm import resume
 from wagle_pl.lm.inference import Predictions, forward_answers, pack
 from wagle_pl.lm.layers import blocks
 from wagle_pl.lm.models import checkpoint_dtype
-from wagle_pl.lm.module import LanguageModule
 from wagle_pl.lm.saving import Originals, read_record, save_model
-from wagle_pl.masks import WeightMask
-from wagle_pl.masks.selected import SUFFIX, SelectedTensor, SelectedWeights, load_values
+from wagle_pl.masks.selected import SUFFIX, load_values
 from wagle_pl.objectives import Streams
-from wagle_pl.strategies import ShardedCheckpoint, is_zero
+from wagle_pl.strategies import is_zero
 from wagle_pl.unlearning.checks import (
     FiniteSteps,
     StepLosses,
@@ -44,6 +42,7 @@ from wagle_pl.unlearning.checks import (
     moves_kept,
 )
 from wagle_pl.unlearning.export import model_card
+from wagle_pl.unlearning.masked import MaskedModule
 from wagle_pl.unlearning.optim import FP32, STATE_BYTES, MaskedAdamW, optimizer_and_schedule
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ log = logging.getLogger(__name__)
 Batch = Mapping[str, Mapping[str, Tensor]]
 
 
-class FinetuneModule(LanguageModule):
+class FinetuneModule(MaskedModule):
     """Supervised fine-tuning on answers: makes the target model, and the retrained model.
 
     The loss is the mean over examples of the mean negative log-likelihood per answer token.
@@ -119,10 +118,6 @@ class FinetuneModule(LanguageModule):
         #: ``--optimizer`` and ``--lr_scheduler``; without a scheduler ``warmup`` and ``decay`` apply.
         self.make_optimizer: Callable[..., Optimizer] = MaskedAdamW
         self.make_lr_scheduler: Optional[Callable[[Optimizer], Any]] = None
-        #: How the model holds its weights during training.
-        self.selected: Optional[SelectedWeights] = None
-        #: Selected weights of the model; None if all may move.
-        self.mask: Optional[WeightMask] = None
         #: Whether ``load_from_checkpoint`` made it, or it was trained: then it cannot be trained.
         self.from_checkpoint = self.fitted = False
         self._started = time.monotonic()
@@ -187,25 +182,6 @@ class FinetuneModule(LanguageModule):
         if self.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.select_weights()
-
-    def restrict(self) -> None:
-        """Determine which weights may move, just after the model is loaded; here all of them."""
-
-    def release(self, dtype: Optional[torch.dtype] = None) -> None:
-        """Write the values into the model's own parameters, in this dtype or their own."""
-        if self.selected is not None:
-            self.selected.release(dtype, {} if self._before is None else self._before.wide)
-        self.selected = None
-
-    def give_back(self) -> None:
-        if not self.sharded:  # else the ranks would have to meet, and some may have failed
-            self.release()
-        super().give_back()
-
-    def select_weights(self, **options: Any) -> None:
-        """Make the weights that may move the parameters of the model, see ``SelectedWeights``."""
-        options = {"masters": not is_zero(self.trainer.strategy), **options}
-        self.selected = SelectedWeights(self.lm, self.mask, **options)
         if self.compiles:
             self.selected.compile(blocks(self.lm))
 
@@ -281,11 +257,6 @@ class FinetuneModule(LanguageModule):
         """Predictions at the ``places`` of one stream's tensors, see :func:`forward_answers`."""
         return forward_answers(self.lm, tensors)
 
-    @property
-    def _scaler(self) -> Optional[Any]:
-        """fp16's loss scaler, which skips steps that are not finite."""
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop before a step that is not finite or, on a GPU, before the step after it.
 
@@ -304,20 +275,6 @@ class FinetuneModule(LanguageModule):
     def end_step(self, losses: Sequence[Mapping[str, Tensor]]) -> None:
         """Called on all ranks with the losses of a step: one dict per micro-batch of the rank."""
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: Optional[float] = None,
-        gradient_clip_algorithm: Optional[str] = None,
-    ) -> None:
-        """Clip the gradients of selected weights by their norm or, if asked, by that of all."""
-        bound, selected = gradient_clip_val, self.selected
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if bound and by_norm and selected.keeps_dense_gradients:
-            selected.clip_by_dense_norm(bound, self._scaler.get_scale() if self._scaler else 1.0)
-        else:
-            super().configure_gradient_clipping(optimizer, bound, gradient_clip_algorithm)
-
     def on_validation_epoch_start(self) -> None:
         """Write the values again: a callback may have replaced them with averages."""
         if self.selected is not None:
@@ -327,23 +284,6 @@ class FinetuneModule(LanguageModule):
     on_validation_end = on_validation_epoch_start  # and back
 
     # -- checkpoints -------------------------------------------------------------------------------
-
-    @property
-    def tensors(self) -> dict[str, SelectedTensor]:
-        """Name of a tensor of the model -> what holds its selected weights, while it is trained."""
-        return {} if self.selected is None else self.selected.tensors
-
-    def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of what a checkpoint holds: all but dense tensors of the base model."""
-        left_out = {id(t.parameter) for t in self.tensors.values() if not t.is_plain}
-        return ((name, p) for name, p in self.lm.named_parameters() if id(p) not in left_out)
-
-    def load_stored(self, stored: ShardedCheckpoint) -> None:
-        """Use the weights of a checkpoint that ranks wrote. Collective: all ranks must call it."""
-        if any(name.endswith(SUFFIX) for name in stored.shapes):
-            load_values(self.lm, stored.shapes, stored.weight, self.mask)
-        else:
-            stored.load_weights(self.stored_parameters())
 
     def check_weights(self) -> None:
         """Refuse to write weights if they, or their step, are not finite. Collective."""
@@ -376,6 +316,7 @@ class FinetuneModule(LanguageModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the random state; a model that is not being trained gets the values."""
         self.check_kind(checkpoint)
+        self.check_mask(checkpoint)
         self._random = {key: checkpoint[key] for key in checkpoint if key.endswith("rng_state")}
         state = checkpoint.get("state_dict") or {}
         if self.fits and is_zero(self.trainer.strategy):  # it is loaded after on_fit_start
@@ -392,6 +333,8 @@ class FinetuneModule(LanguageModule):
     # -- the result --------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
+        """Check the guarantee, then write the model folder."""
+        self.check_frozen()
         self.check_weights()
         holds_all = self.trainer.is_global_zero and not is_zero(self.trainer.strategy)
         if holds_all and self.output and not self.output_dtype:
@@ -444,5 +387,6 @@ class FinetuneModule(LanguageModule):
             "versions": versions(),
             "seed": self.run_config.get("seed_everything"),
             "config": self.run_config,
+            **self.mask_record,
         }
         return {"format_version": 1, "lineage": [*read_record(self.model_name)["lineage"], step]}

@@ -192,9 +192,9 @@ class Patch(AbstractContextManager["Patch"]):
     def attach(self, lm: nn.Module) -> Patch:
         """Turn a loaded base model into the unlearned one, in place, bit for bit.
 
-        As a context manager, the patch is detached at the end. Several can be attached, the latest
-        of which is detached first: each to the model that the one before has made, or, if both have
-        one base and change other weights, beside it.
+        As a context manager, the patch is detached at the end. Several can be attached: each to
+        the model that the one before has made, which is then detached after it; or, if all have one
+        base and change other weights, beside each other, to be detached in any order.
 
         Args:
             lm: a model with the base's weights, in the dtype of its files, on any device.
@@ -211,8 +211,8 @@ class Patch(AbstractContextManager["Patch"]):
         """Turn the model back into what it was before :meth:`attach`, bit for bit.
 
         Raises:
-            WagleError: if another patch has been attached later, or weights have been changed or
-                cast. They stay as they are.
+            WagleError: if another patch has been attached later, to what this one has made, or
+                weights have been changed or cast. They stay as they are.
         """
         from wagle_pl.unlearning import serving
 

@@ -103,10 +103,10 @@ def detach(patch: Patch) -> None:
     if patch.attached_to is None:
         raise WagleError(f"patch {patch.path} is not attached to a model")
     stack, tensors = _attached[patch.attached_to], LoadedTensors(patch.attached_to)
-    if stack[-1][0] is not patch:
-        raise WagleError(
-            f"patch {stack[-1][0].path} was attached after {patch.path}: detach it first"
-        )
+    place = [attached for attached, _ in stack].index(patch)
+    for later, _ in stack[place + 1 :]:
+        if later.base != patch.base:  # it is not beside this one, but on it
+            raise WagleError(f"patch {later.path} was attached after {patch.path}: detach it first")
     patch.check_layout(tensors)
     if name := patch.differing(tensors, "unlearned"):
         raise WagleError(
@@ -114,7 +114,9 @@ def detach(patch: Patch) -> None:
             "detached"
         )
     _switch(patch, tensors, "unlearned")
-    stack.pop()
+    del stack[place]
+    if place < len(stack):
+        stack[-1] = stack[-1][0], digest_of(tensors)
     patch.attached_to = None
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -17,17 +16,12 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
 from wagle_pl.core.schema import check_arguments
-from wagle_pl.core.weights import evaluating, mismatch
-from wagle_pl.data.template import differing_prompts
+from wagle_pl.core.weights import evaluating
 from wagle_pl.lm.resume import random_state, set_random_state
-from wagle_pl.masks import Restriction, WeightMask
-from wagle_pl.masks.bits import filled_bits
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.objective import TERMS
 from wagle_pl.objectives.streams import References
-from wagle_pl.strategies import is_zero
 from wagle_pl.unlearning.adapters import LoRA
-from wagle_pl.unlearning.checks import FrozenWeights
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.finetune import Batch, FinetuneModule
 from wagle_pl.unlearning.step_rules import Gradients, Loss, Step, StepRule
@@ -48,18 +42,11 @@ class UnlearnModule(FinetuneModule):
         output: folder to write the unlearned model to, in Hugging Face format.
         objective: ``NPO``, ``GradDiff``, ``PO``, another class of :mod:`wagle_pl.objectives.forget`
             or a class path; a class that replaces it keeps the options that both have.
-        mask: mask file that attribution wrote for this model; null trains all weights (dense).
-        modules: train only weights in these (and in the mask), e.g. ``[mlp, self_attn.q_proj]``.
-        layers: train only weights in these layers (and in the mask), e.g. ``3-7`` or ``0,2,5-9``.
         step_rule: ``SAM``, ``MUDMAN``, ``RepSelect``, another class of
             :mod:`wagle_pl.unlearning.step_rules` or a class path: changes the gradient of
             the objective, with more passes per step or with parts of it; one device only.
         adapter: ``LoRA`` trains low-rank adapters instead of the weights; not with mask, modules or
             layers.
-        clip_scope: ``trainer.gradient_clip_val`` bounds the gradient norm of the ``selected``
-            weights, or of ``all``, as in WAGLE's code (keeps dense gradients; not under ZeRO).
-        verify: when to check that frozen weights are bit-identical to θ₀: at the ``end``, after
-            each ``step``, or never (``off``).
     """
 
     task = "unlearning"
@@ -70,49 +57,33 @@ class UnlearnModule(FinetuneModule):
         output: Optional[str] = None,
         # not "NPO": a parser passes the options of a default class to other classes
         objective: Union[Objective, str] = "npo",
-        mask: Optional[Union[str, WeightMask]] = None,
-        modules: Optional[list[str]] = None,
-        layers: Optional[str] = None,
         step_rule: Optional[Union[StepRule, str]] = None,
         adapter: Optional[Union[LoRA, str]] = None,
-        clip_scope: Literal["selected", "all"] = "selected",
-        verify: Literal["end", "step", "off"] = "end",
         **kwargs: Any,
     ) -> None:
         check_arguments(UnlearnModule.__init__, locals(), "model.")
         super().__init__(model=model, output=output, **kwargs)
         self.objective = resolve(Objective, objective, "objective")
         self.streams = self.objective.streams
-        self.mask_file = str(mask) if isinstance(mask, (str, Path)) else None
         self.step_rule = None if step_rule is None else resolve(StepRule, step_rule, "step_rule")
         if self.step_rule is not None:
             self.step_rule.check(self.objective)
         self.adapter = None if adapter is None else resolve(LoRA, adapter, "adapter")
-        pattern = None if self.adapter is not None else self.objective.trainable
-        #: What the mask is made of.
-        self.restriction = Restriction(self.mask_file or mask, modules, layers, pattern)
-        if self.adapter is not None and (mask or modules or layers):
+        if self.adapter is not None and any(self.restriction):
             raise WagleError(
                 "an adapter leaves every weight of the model alone, so no mask, modules or layers "
                 "apply: give --model.adapter or those, not both"
             )
-        self.clip_scope = clip_scope
-        self.verify = verify
+        if self.adapter is None:
+            self.restriction = self.restriction._replace(matching=self.objective.trainable)
         self._batches: list[Batch] = []
         self._terms: Optional[TermGradients] = None  # while the weights are selected
         self._references = References()
-        self._frozen: Optional[FrozenWeights] = None
-        self._verified: Optional[str] = None
 
     # -- what may move -----------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Load the model, unless the strategy lacks what this run needs."""
-        if self.attached and self.clip_scope == "all" and is_zero(self.trainer.strategy):
-            raise WagleError(
-                "clip_scope: all needs every gradient whole at the step, which ZeRO does not keep: "
-                "choose --model.clip_scope selected"
-            )
         if self.fits and self.step_rule is not None:
             fp16 = str(self.trainer.precision).startswith("16")
             if not self.alone or fp16 or self.clip_scope == "all":
@@ -142,41 +113,13 @@ class UnlearnModule(FinetuneModule):
             )
         if self.adapter is not None:
             self.adapter.add(self.lm, self.model_name, self.objective.trainable)
-        self.mask = self.restriction.mask(self._shapes, self.model_name, self.model_fingerprint)
-        if self.mask is None:
-            return
-        if not all(p.requires_grad for p in self.lm.parameters()):
-            free = {
-                n: filled_bits(p.numel(), p.requires_grad) for n, p in self.lm.named_parameters()
-            }
-            made_by = {"operation": "modules", "modules": ["those that require a gradient"]}
-            self.mask &= WeightMask(free, self._shapes, made_by)
-        for prompts in self.mask.prompts if self.mask_file is not None and self.fits else ():
-            if other := differing_prompts(prompts, self.prompts):
-                log.warning(
-                    "mask %s was made with other prompts (%s): give both runs the same "
-                    "data.system_prompt, data.chat_template_kwargs and formats",
-                    self.mask_file,
-                    other,
-                )
-        if not any(map(self.mask.count, self.mask)):
-            file = "" if self.mask_file is None else f"{self.mask_file}, "
-            raise WagleError(
-                f"the mask ({file}{self.mask.origin}) selects nothing: there is no weight to move"
-            )
+        super().restrict()
 
     def select_weights(self, **options: Any) -> None:
         """Make the selected weights the parameters, and keep θ₀ if a term needs it."""
         if self.objective.needs_theta0 and self.sharded:
             raise WagleError("a frozen copy of θ₀ does not work under ZeRO-3; use another stage")
-        bounded = self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm != "value"
-        dense = self.clip_scope == "all" and self.mask is not None and bool(bounded)
-        options = {
-            "keep_theta0": self.objective.needs_theta0,
-            "keep_dense_gradients": dense,
-            **options,
-        }
-        super().select_weights(**options)
+        super().select_weights(keep_theta0=self.objective.needs_theta0, **options)
         self._terms = TermGradients(self.selected, apart=self.step_rule is not None)
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:
@@ -201,10 +144,8 @@ class UnlearnModule(FinetuneModule):
         return self.streams if self.objective.average == "tokens" else ()
 
     def on_fit_start(self) -> None:
-        """Take digests of frozen weights, try the objective, and compute the references at θ₀."""
+        """Try the objective, and compute the references at θ₀."""
         super().on_fit_start()
-        if self.mask is not None and self.verify != "off":
-            self._frozen = FrozenWeights(self.mask, self.selected.weights())
         self._try_objective()
         self._references.prepare(self, self.objective.references)
 
@@ -335,49 +276,16 @@ class UnlearnModule(FinetuneModule):
         checkpoint["objective"] = self.objective.state_dict()
         if self.step_rule is not None:
             checkpoint["step_rule"] = self.step_rule.state_dict()
-        if self.mask is not None:
-            made_of = self.restriction._replace(file=self.mask_file)._asdict()
-            checkpoint["mask"] = {"digest": self.mask.digest(), **made_of}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the references; refuse a checkpoint of another mask, or of another model."""
-        self.check_kind(checkpoint)
-        stored = checkpoint.get("mask") or {}
-        digest = stored.get("digest")
-        if digest and not self.attached:
-            self.restriction = Restriction.of_record(stored, self.restriction.file)
-            self.restrict()
-        if digest != (None if self.mask is None else self.mask.digest()):
-            advice = "resume with that mask, or start a new run"
-            if not self.attached:
-                advice = "give that mask to load_from_checkpoint, which keeps files' names alone"
-            raise WagleError(f"the checkpoint belongs to a run with another mask: {advice}")
-        model = checkpoint.get("model")
-        if digest and not model:
-            raise WagleError(f"{self.checkpoint_label} does not say which model its run began with")
-        if digest and (differing := mismatch(model["fingerprint"], self.model_fingerprint)):
-            raise WagleError(
-                f"the checkpoint belongs to a run on a model with another {differing}: set "
-                "--model.model to the model of that run"
-            )
+        """Restore the references, and the state of the objective."""
         super().on_load_checkpoint(checkpoint)
         self._references.load_state_dict(checkpoint.get("references") or {})
         self.objective.load_state_dict(checkpoint.get("objective") or {})
         if self.step_rule is not None:
             self.step_rule.load_state_dict(checkpoint.get("step_rule") or {})
 
-    # -- the guarantee, and the result -------------------------------------------------------------
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self._frozen is not None and self.verify == "step":
-            self._frozen.check(self.selected.weights(), self.global_step)
-
-    def on_train_end(self) -> None:
-        """Check the guarantee, then write the model folder."""
-        if self._frozen is not None:
-            self._verified = self._frozen.check(self.selected.weights(), self.global_step)
-            log.info("verified: %s", self._verified)
-        super().on_train_end()
+    # -- the result --------------------------------------------------------------------------------
 
     def export(self, record: dict[str, Any]) -> None:
         """Write the model folder, or that of the adapter."""
@@ -387,16 +295,10 @@ class UnlearnModule(FinetuneModule):
         super().export(record)
 
     def record(self) -> dict[str, Any]:
-        """What made this model; adds objective, mask, adapter and the guarantee."""
+        """What made this model; adds objective and adapter."""
         record = super().record()
-        mask = None
-        if self.mask is not None:
-            made_by = {"density": self.mask.density, "made_by": self.mask.metadata}
-            mask = {"file": self.mask_file, **made_by}
         record["lineage"][-1] |= {
             "objective": {**describe(self.objective), "retain": describe(self.objective.retain)},
-            "mask": mask,
-            "verified": self._verified,
             "adapter": None if self.adapter is None else describe(self.adapter),
         }
         if self.step_rule is not None:
