@@ -781,7 +781,7 @@ def test_mistakes_are_one_line(fails: Any, tiny_model: str, options: dict[str, A
 def test_an_output_that_exists_is_kept(fails: Any, tiny_model: str, tmp_path: Path):
     (tmp_path / "mask.safetensors").write_text("mine")
     (tmp_path / "many").mkdir()
-    (tmp_path / "other.scores").mkdir()
+    (tmp_path / "other.scores").write_text("mine")
     for options in (
         {"output": "mask"},
         {"output": "many", "masks": "[{density: 0.1}]"},

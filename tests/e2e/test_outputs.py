@@ -97,7 +97,7 @@ def test_what_is_planned_is_what_is_written(wagle: Any, fit: Any, kind: str) -> 
     files = {
         "model": Path("out/model.safetensors"),
         "mask": Path("out.safetensors"),
-        "scores": Path("out.scores/scores-00001.safetensors"),
+        "scores": Path("out.scores"),
         "checkpoint": Path("ckpt/last.ckpt"),
     }
     planned = {file.what: file.size for file in done.model.planned_files()}

@@ -487,10 +487,10 @@ def test_experts_that_one_rank_alone_uses(
         alone = run("one", module, *given, cut(2, 1), output=f"{output}-one")
         for name in strategies:
             other = run(name, module, *given, cut(1, 1), output=f"{output}-{name}")
-            for folder in sorted(alone.glob("*.scores")):
-                expected = dict(StoredScores(folder).stream())
-                for key, found in StoredScores(other / folder.name).stream():
-                    torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-7)
+            for file in sorted(alone.glob("*.scores")):
+                expected = dict(StoredScores(file).stream())
+                for key, scores in StoredScores(other / file.name).stream():
+                    torch.testing.assert_close(scores, expected[key], rtol=1e-4, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -683,15 +683,15 @@ def test_another_cut_goes_on(
 
 
 def test_checkpoints_that_do_not_fit(run: Any, ranks: Ranks, command: Any, fails: Any):
-    """Without a shard, of a run without DeepSpeed, or of one with it."""
+    """Without its tensors, of a run without DeepSpeed, or of one with it."""
     steps = ("--trainer.max_steps 2", *checkpointing(2))
     on = ("FinetuneModule", from_step(2))
     run("zero3", "FinetuneModule", *steps)
     said = fails(*command(*on, strategy("one")), data=False)
     assert "written under DeepSpeed: add --trainer.strategy" in said
-    os.remove("kept/step=2.ckpt/rank-00001-of-00002.safetensors")
+    os.remove("kept/step=2.ckpt/tensors.safetensors")
     (answer, _) = ranks(*command(*on, strategy("zero3")), code=2)
-    assert "lacks rank-00001-of-00002.safetensors" in answer["error"]
+    assert "tensors.safetensors does not exist" in answer["error"]
     run("one", "FinetuneModule", "--trainer.max_steps 2", *checkpointing(2, "plain"))
     plain = ("FinetuneModule", from_step(2, "plain"), strategy("zero2"))
     assert "written without DeepSpeed" in ranks(*command(*plain), code=2)[0]["error"]

@@ -209,11 +209,11 @@ def make_scores(folder: Path) -> Path:
     shapes = {"a": (3, 2), "b": (4,)}
     scores = [(name, torch.rand(shape)) for name, shape in shapes.items()]
     made_by = {"score": "WAGLE", "absolute": True, "model_fingerprint": "0"}
-    return write_scores(folder / "scores", scores, shapes, made_by) / "index.json"
+    return write_scores(folder / "x.scores", scores, shapes, made_by)
 
 
 def read_scores(path: Path) -> Any:
-    return [(name, scores.shape) for name, scores in StoredScores(path.parent).stream()]
+    return [(name, scores.shape) for name, scores in StoredScores(path).stream()]
 
 
 def make_metrics(folder: Path) -> Path:
@@ -371,7 +371,7 @@ TEXTS = ("base", "unlearned", "format", "format_version")  # metadata that are n
 def contents(path: Path, content: bytes) -> Iterator[bytes]:
     """The file with each key dropped, or of another type: of JSON, or of a safetensors file's metadata, in which case
     with a digest that fits."""
-    if path.suffix not in (".safetensors", ".patch"):
+    if path.suffix not in (".safetensors", ".patch", ".scores"):
         whole = json.loads(content)
         for at in places(whole):
             yield from (json.dumps(changed(whole, at, other)).encode() for other in (..., *OTHERS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -215,17 +214,17 @@ def test_counts_of_shards_add_up(monkeypatch: pytest.MonkeyPatch):
 # -- stored scores ----------------------------------------------------------------------------------------------------
 
 
-def write(folder: Any, scores: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
+def write(path: Any, scores: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
     made_by = {"score": "Test", "model_fingerprint": "f" * 64, "absolute": True}
     shapes = {name: tuple(tensor.shape) for name, tensor in scores.items()}
-    return write_scores(folder, iter(scores.items()), shapes, made_by, dtype)
+    return write_scores(path, iter(scores.items()), shapes, made_by, dtype)
 
 
 def test_mask_from_stored_scores(tmp_path):
     scores = named(5, [(20, 30), (7,), (5, 4)], "normal")
-    folder = write(tmp_path / "s.scores", scores)
+    file = write(tmp_path / "s.scores", scores)
     for density, end, scope in product((0.1, 0.4), ("high", "low"), ("global", "tensor", "row")):
-        mask = mask_from_scores(folder, density, select=end, scope=scope)
+        mask = mask_from_scores(file, density, select=end, scope=scope)
         taken = dict(select(scores.items, density, Ranking(low=end == "low"), scope))
         assert list(mask) == list(scores) and all(
             torch.equal(mask.packed(n), taken[n]) for n in scores
@@ -233,7 +232,7 @@ def test_mask_from_stored_scores(tmp_path):
         assert (
             mask.metadata["model_fingerprint"] == "f" * 64 and mask.metadata["density"] == density
         )
-    left_out = mask_from_scores(folder, 0.5, exclude="^p0$")
+    left_out = mask_from_scores(file, 0.5, exclude="^p0$")
     assert left_out.count("p0") == 0 and left_out.count() == 13
     assert not list(tmp_path.glob(".*"))
 
@@ -246,22 +245,20 @@ def test_stored_in_bf16(tmp_path):
 
 
 def test_stored_scores_that_cannot_be_read(tmp_path):
-    folder = write(tmp_path / "s", named(7, [(4, 4)], "normal"))
-    with pytest.raises(WagleError, match="no folder of scores"):
+    file = write(tmp_path / "s", named(7, [(4, 4)], "normal"))
+    with pytest.raises(WagleError, match=r"scores .*other does not exist"):
         mask_from_scores(tmp_path / "other", 0.5)
     with pytest.raises(WagleError, match="select: must be"):
-        mask_from_scores(folder, 0.5, select="middle")
+        mask_from_scores(file, 0.5, select="middle")
     with pytest.raises(WagleError, match="leave no parameter"):
-        mask_from_scores(folder, 0.5, include="nothing")
-    index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**index, "format_version": "3"}))
-    with pytest.raises(WagleError, match="this version reads 2"):
-        mask_from_scores(folder, 0.5)
-    (folder / "index.json").write_text(json.dumps(index))
-    shard = folder / "scores-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(WagleError, match="not whole"):
-        mask_from_scores(folder, 0.5)
+        mask_from_scores(file, 0.5, include="nothing")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"format_version": "3"', b'"format_version": "4"'))
+    with pytest.raises(WagleError, match="this version reads 3"):
+        mask_from_scores(file, 0.5)
+    file.write_bytes(content[:-8])
+    with pytest.raises(WagleError, match="is not a whole safetensors file"):
+        mask_from_scores(file, 0.5)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

@@ -286,15 +286,15 @@ def test_random_units_are_drawn_whole_and_evenly() -> None:
 def test_stored_scores_give_the_same_units(tmp_path: Any) -> None:
     scores = {"layers.0.w": torch.arange(12.0).view(3, 4), "layers.0.b": torch.tensor([1.0, 20, 2])}
     shapes = {name: tuple(tensor.shape) for name, tensor in scores.items()}
-    folder = write_scores(tmp_path / "s.scores", iter(scores.items()), shapes, {"score": "Snip"})
-    mask = mask_from_scores(folder, 0.4, unit="row")
+    file = write_scores(tmp_path / "s.scores", iter(scores.items()), shapes, {"score": "Snip"})
+    mask = mask_from_scores(file, 0.4, unit="row")
     assert mask["layers.0.b"].tolist() == [False, True, False]
     assert mask["layers.0.w"].sum(1).tolist() == [0, 0, 4]
     assert mask.metadata["units"] == {"0": [2, 6]}
     with pytest.raises(WagleError, match="unit: the scores do not say which weights are a head"):
-        mask_from_scores(folder, 0.4, unit="head")
+        mask_from_scores(file, 0.4, unit="head")
     with pytest.raises(WagleError, match="scope: must be global with unit row, got tensor"):
-        mask_from_scores(folder, 0.4, unit="row", scope="tensor")
+        mask_from_scores(file, 0.4, unit="row", scope="tensor")
 
 
 @pytest.mark.parametrize("broken", [{"heads": "4"}, {"neurons": 3}, {"kv_heads": None}])
@@ -302,6 +302,6 @@ def test_a_broken_geometry_is_refused_by_its_key(tmp_path: Any, broken: dict[str
     geometry = Geometry(4, 2, 4, [24], False)._asdict() | broken
     shapes = {"layers.0.w": (3, 4)}
     scores = iter([("layers.0.w", torch.ones(3, 4))])
-    folder = write_scores(tmp_path / "s.scores", scores, shapes, {"geometry": geometry})
+    file = write_scores(tmp_path / "s.scores", scores, shapes, {"geometry": geometry})
     with pytest.raises(WagleError, match=f"made_by.geometry.{next(iter(broken))}"):
-        mask_from_scores(folder, 0.4, unit="head")
+        mask_from_scores(file, 0.4, unit="head")

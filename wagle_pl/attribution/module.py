@@ -194,7 +194,7 @@ class AttributionModule(LanguageModule):
         if self.output:
             outputs.reserve(self.place, self.overwrite, "files" if self.several else "file")
         for label in self._scores:
-            refuse_existing(self._scores_path(label), self.overwrite, kind="folder")
+            refuse_existing(self._scores_path(label), self.overwrite)
         strategy = trainer.strategy
         if is_zero(strategy) and not isinstance(strategy, ZeRO):
             ours = "wagle_pl.strategies.ZeRO, or a name such as deepspeed_stage_3"

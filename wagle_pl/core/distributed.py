@@ -117,9 +117,9 @@ def all_gather_uneven(share: Tensor) -> Tensor:
 
 
 @contextmanager
-def shared_folder(path: Path) -> Iterator[Path]:
-    """Collective: a new temporary folder on a disk that the ranks share. All ranks write into it
-    inside the context; on leaving, it replaces ``path``.
+def shared_output(path: Path, create: Callable[[Path], object] = Path.mkdir) -> Iterator[Path]:
+    """Collective: a new temporary folder, or a file that ``create`` makes, on a disk that the ranks
+    share. All ranks write into it inside the context; on leaving, it replaces ``path``.
 
     Raises:
         OSError: on all ranks, if one fails; nothing is replaced then.
@@ -127,13 +127,13 @@ def shared_folder(path: Path) -> Iterator[Path]:
     with atomic_path(path) if rank() == 0 else nullcontext(path) as temporary:
 
         def make() -> Path:
-            temporary.mkdir()
+            create(temporary)
             return temporary
 
-        folder = on_rank_zero(make)
+        output = on_rank_zero(make)
         error: Optional[Exception] = None
         try:
-            yield folder
+            yield output
         except Exception as raised:
             error = raised
         problems = all_gather([] if error is None else [f"rank {rank()}: {error}"])
@@ -141,7 +141,7 @@ def shared_folder(path: Path) -> Iterator[Path]:
             raise error
         if problems:
             raise OSError(problems[0]) from error
-    on_rank_zero(lambda: None)  # no rank goes on before the folder is in its place
+    on_rank_zero(lambda: None)  # no rank goes on before the output is in its place
 
 
 def shutdown() -> None:

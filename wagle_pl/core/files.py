@@ -93,7 +93,7 @@ _MODEL_FILES = (
 def _others_entry(folder: Path) -> Optional[str]:
     """A file in a folder that this package did not write, since replacing the folder deletes it.
 
-    None if the folder is empty, or a model (with ``wagle.json``), scores or a checkpoint of this
+    None if the folder is empty, or a model (with ``wagle.json``) or a checkpoint of this
     package, and holds nothing else.
     """
     names = sorted(path.name for path in folder.iterdir())

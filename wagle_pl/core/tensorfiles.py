@@ -12,7 +12,7 @@ import json
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypedDict, get_type_hints
@@ -254,14 +254,3 @@ def fill(path: Path, parts: Iterable[tuple[str, int, torch.Tensor]]) -> int:
             stream.seek(file.offset(name) + start * values.itemsize)
             written += stream.write(values.view(torch.uint8).numpy().data)
     return written
-
-
-def write_tensors(
-    path: Path,
-    tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Callable[[], torch.Tensor]]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file of tensors: name, dtype, shape, and a function that reads each."""
-    tensors = list(tensors)
-    lay_out(path, [tensor[:3] for tensor in tensors], metadata)
-    fill(path, ((name, 0, read()) for name, _, _, read in tensors))

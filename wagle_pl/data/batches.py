@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.schema import check, schema_of
+from wagle_pl.core.schema import Count, check, schema_of
 from wagle_pl.data.example import IGNORE
 
 #: Rows are sorted by length within this many global batches, to reduce padding.
@@ -293,7 +293,7 @@ class ResumableLoader(Loader):
             raise WagleError(why)
         here, sampler, fault = self._state(Position()), self.sampler, None
         for key, value in here.items():
-            kind = dict[str, dict[str, Any]] if key == "sets" else schema_of(value, int)
+            kind = dict[str, dict[str, Any]] if key == "sets" else schema_of(value, Count)
             check(state.get(key), kind, f"the checkpoint's loader: {key}")
         sets, sets_here = state["sets"], here["sets"]
         if state["global_batch"] != here["global_batch"]:
@@ -330,15 +330,12 @@ class ResumableLoader(Loader):
         return Position(state["epoch"], state["step"], state["rows"])
 
 
-def collate(
-    rows: Sequence[Mapping[str, Any]], pad_id: int, left: bool = False
-) -> dict[str, Tensor]:
+def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
     """Pad token lists to the longest of them.
 
     Args:
         rows: each with ``input_ids`` and, optionally, ``labels`` of the same length.
         pad_id: token that fills ``input_ids``; labels are filled with -100.
-        left: pad on the left, as generation needs.
 
     Returns:
         These and ``attention_mask``: int64 tensors of shape (rows, longest).
@@ -346,8 +343,7 @@ def collate(
 
     def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
         tensors = [torch.as_tensor(ids, dtype=torch.int64) for ids in values]
-        side = "left" if left else "right"
-        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
+        return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     ids = [row["input_ids"] for row in rows]
     batch = {

@@ -28,52 +28,15 @@ if TYPE_CHECKING:
     from wagle_pl.lm.module import StreamData
 
 
-class Progress(TypedDict):  # what Lightning counts of epochs or of micro-batches
-    total: dict[str, Count]
-    current: dict[str, Count]
+class Loaders(TypedDict):  # what each holds is checked by the loader that continues there
+    combined_loader: Optional[list[dict[str, Any]]]
 
 
-class RowSet(TypedDict):  # rows that a stream is drawn from
-    rows: Count
-    digest: Optional[str]
+class FitLoop(TypedDict):
+    state_dict: Loaders
 
 
-class LoaderState(TypedDict):
-    """Where a loader continues, see :class:`~wagle_pl.data.batches.Position`; empty if the loader
-    is the user's own."""
-
-    epoch: Optional[Count]
-    step: Optional[Count]
-    rows: Optional[Count]
-    global_batch: Optional[Count]
-    seed: Optional[int]
-    sets: Optional[dict[str, RowSet]]
-
-
-class BatchProgress(Progress):
-    is_last_batch: bool
-
-
-class Loaders(TypedDict):
-    combined_loader: Optional[list[LoaderState]]
-
-
-class Stepped(TypedDict):
-    _batches_that_stepped: Count
-
-
-FitLoop = TypedDict(
-    "FitLoop",
-    {
-        "state_dict": Loaders,
-        "epoch_progress": Progress,
-        "epoch_loop.batch_progress": BatchProgress,
-        "epoch_loop.state_dict": Stepped,
-    },
-)
-
-
-class Loops(TypedDict):
+class Loops(TypedDict):  # the rest is checked by :func:`check_restored`
     fit_loop: FitLoop
 
 

@@ -123,7 +123,7 @@ def model_folder(
         dtype: dtype of the weights to write into the configuration; left as it is when None.
         together: all ranks write into it, which makes this a collective.
     """
-    place = distributed.shared_folder if together else atomic_path
+    place = distributed.shared_output if together else atomic_path
     with place(Path(folder)) as temporary:
         temporary.mkdir(exist_ok=together)
         yield temporary

@@ -2,9 +2,9 @@
 
 A folder, written under another name and then renamed, so that it is complete or does not exist::
 
-    index.json                         shapes; which file holds which numbers of which parameter
-    rank-00000-of-00002.safetensors    what this rank holds: weights (fp32 if trained), state
-    common.ckpt                        what Lightning keeps: progress, callbacks, schedulers
+    index.json             shapes of the parameters
+    tensors.safetensors    weights (fp32 if trained) and state, of which each rank writes its part
+    common.ckpt            what Lightning keeps: progress, callbacks, schedulers
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypedDict, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,13 +25,14 @@ from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
 from wagle_pl.core.schema import Count, check, schema_of
-from wagle_pl.core.tensorfiles import check_version, load_plain, write_tensors
+from wagle_pl.core.tensorfiles import TensorFile, check_version, fill, lay_out, load_plain
 from wagle_pl.core.weights import assign, shapes_of, share_of
 from wagle_pl.strategies.internals import Fragment
 
 FORMAT = "wagle_pl.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had a file of tensors for each rank
 INDEX_FILE = "index.json"
+TENSORS_FILE = "tensors.safetensors"
 COMMON_FILE = "common.ckpt"
 WEIGHT = "weight"
 
@@ -100,22 +101,23 @@ def save(
     Raises:
         WagleError: if a rank cannot write its shard; no checkpoint appears then.
     """
-    rank, ranks = distributed.rank(), distributed.world_size()
-    file, pieces = f"rank-{rank:05d}-of-{ranks:05d}.safetensors", list(pieces)
-    tensors = [(f"{p.key}/{p.name}", p.dtype, (p.numel,), p.read) for p in pieces]
-    spans = [(file, piece.key, piece.name, piece.start, piece.numel) for piece in pieces]
-    index: dict[str, dict[str, list[Any]]] = {}
-    for where, key, name, start, numel in distributed.all_gather(spans):
-        index.setdefault(key, {}).setdefault(name, []).append([where, start, numel])
+    pieces, sizes = list(pieces), dict[tuple[str, torch.dtype], int]()
+    spans = [(f"{p.key}/{p.name}", p.dtype, p.start + p.numel) for p in pieces]
+    for name, dtype, end in distributed.all_gather(spans):
+        sizes[name, dtype] = max(end, sizes.get((name, dtype), 0))
+    tensors = [(*key, (size,)) for key, size in sizes.items()]
+
+    def create(folder: Path) -> None:
+        folder.mkdir()
+        lay_out(folder / TENSORS_FILE, tensors, {})
+        torch.save(dict(common), folder / COMMON_FILE)
+        index = {"format": FORMAT, "format_version": FORMAT_VERSION, "shapes": shapes}
+        (folder / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
+
     try:
-        with distributed.shared_folder(path) as folder:
-            header = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-            write_tensors(folder / file, tensors, header)
-            if rank == 0:
-                torch.save(dict(common), folder / COMMON_FILE)
-                described = {"format": FORMAT, "format_version": FORMAT_VERSION}
-                text = json.dumps({**described, "shapes": shapes, "pieces": index})
-                (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+        with distributed.shared_output(path, create) as folder:
+            parts = ((f"{p.key}/{p.name}", p.start, p.read()) for p in pieces)
+            fill(folder / TENSORS_FILE, parts)
     except OSError as error:
         raise WagleError(f"checkpoint {path} cannot be written: {error}") from None
 
@@ -129,7 +131,6 @@ class Index(TypedDict):
     format: Literal["wagle_pl.checkpoint"]
     format_version: Union[str, int]
     shapes: dict[str, list[Count]]
-    pieces: dict[str, dict[str, list[tuple[str, Count, Count]]]]  # file, start, number of values
 
 
 class SmallSums(TypedDict):
@@ -184,22 +185,13 @@ class ShardedCheckpoint:
         index = read_json(self.path / INDEX_FILE, Index, "index of a checkpoint")
         check_version(index["format_version"], FORMAT_VERSION, f"checkpoint {path} has")
         self.shapes = {name: tuple(shape) for name, shape in index["shapes"].items()}
-        self.pieces = index["pieces"]
-        by_parameter = [where for by_name in self.pieces.values() for where in by_name.values()]
-        files = sorted({file for where in by_parameter for file, _, _ in where})
-        for file in (*files, COMMON_FILE):
-            if not (self.path / file).is_file():
-                raise WagleError(
-                    f"checkpoint {path} lacks {file}: copy the whole folder, of every rank"
-                )
-        self._open: dict[str, safe_open] = {}
-        for file in files:
-            try:
-                self._open[file] = safe_open(self.path / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise WagleError(
-                    f"shard {file} of checkpoint {path} is not whole: {error}"
-                ) from None
+        file = TensorFile(self.path / TENSORS_FILE, "file of a checkpoint")
+        self._sizes = {name: prod(file.shape(name)) for name in file.names}
+        self._tensors = safe_open(file.path, framework="pt")
+        #: What numbers are, see :class:`Piece` -> names of the parameters that have some.
+        self.pieces: dict[str, list[str]] = {}
+        for key, _, name in (name.rpartition("/") for name in file.names):
+            self.pieces.setdefault(key, []).append(name)
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -208,20 +200,14 @@ class ShardedCheckpoint:
         return check(common, Common, f"checkpoint {self.path}")
 
     def read(self, key: str, name: str, start: int, numel: int) -> Tensor:
-        """(numel,) consecutive numbers, read from all shards that hold some of them."""
-        parts, end = [], start + numel
-        pieces = self.pieces.get(key, {}).get(name, [])
-        for file, first, count in sorted(pieces, key=lambda piece: piece[1]):
-            low, high = max(start, first), min(end, first + count)
-            if low < high:
-                stored = self._open[file].get_slice(f"{key}/{name}")
-                parts.append(stored[low - first : high - first])
-        if sum(map(len, parts)) != numel:
+        """(numel,) consecutive numbers."""
+        stored, end = f"{key}/{name}", start + numel
+        if end > self._sizes.get(stored, 0):
             raise WagleError(
                 f"checkpoint {self.path} does not hold all of {key} of {name}: it is of another "
                 "model, or its run trained other parameters"
             )
-        return torch.cat(parts) if parts else torch.empty(0)
+        return self._tensors.get_slice(stored)[start:end]
 
     def weight(self, name: str) -> Tensor:
         return self.read(WEIGHT, name, 0, prod(self.shapes[name])).view(self.shapes[name])
@@ -255,8 +241,8 @@ class ShardedCheckpoint:
         for fragment in held:
             flat, state = fragment.flat, optimizer.state[fragment.flat]
             fragment.of(flat.data).copy_(self.read(WEIGHT, *fragment[:3]))
-            for stored, by_name in self.pieces.items():
-                if stored.startswith("state/") and fragment.name in by_name:
+            for stored, names in self.pieces.items():
+                if stored.startswith("state/") and fragment.name in names:
                     values, key = self.read(stored, *fragment[:3]), stored.removeprefix("state/")
                     if key not in state:
                         state[key] = torch.zeros(len(flat), dtype=values.dtype, device=flat.device)
