@@ -6,14 +6,17 @@ import json
 import math
 import os
 import pickle
+import re
 from pathlib import Path
+from random import Random
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from forked import start
-from helpers import trainer
+from helpers import changed, places, trainer
+from test_file_doors import OTHERS
 from test_measures_suites import as_results, asked, corpus
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -21,7 +24,7 @@ from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.functional.text import perplexity, rouge_score, sacre_bleu_score
 from torchmetrics.wrappers import BootStrapper
 
-from wagle_pl import metrics
+from wagle_pl import WagleError, metrics
 from wagle_pl.evaluation import MEASURES, Observations, Undefined, find_suite
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.records import defined_only, intervals
@@ -149,6 +152,61 @@ def test_a_module_logs_metrics():
     (logged,) = trainer().validate(Small(), torch.utils.data.DataLoader(nll, 2), verbose=False)
     assert logged["probability"] == pytest.approx(torch.exp(-nll).mean().item())
     assert logged["Perplexity"] == pytest.approx(nll.mean().exp().item())
+
+
+#: Columns that :func:`asked` does not give.
+FURTHER = {
+    "reference": "some words",
+    "answer_aliases": ["x"],
+    "label": 1,
+    "choice_logprobs": [-1.0, -2.0],
+    "choice_nll": [1.0, 2.0],
+    "choice_text_logprobs": [-1.0, -2.0],
+    "right_choices": [1],
+    "toxicity": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda m: m.update(nll=torch.zeros(2, 3)),
+            "[0].nll: must be a number or null, got [0.0",
+        ),
+        (lambda m: m.update(nll=["a"]), "[0].nll: must be a number or null, got 'a'"),
+        (lambda m: m.update(nll=None), "nll: must be a list, got None"),
+        (lambda m: m.update(nll=torch.tensor(1.0)), "nll: must be a list, got 1.0"),
+        (lambda m: m.update(nll=torch.zeros(2, device="meta")), "Cannot copy out of meta tensor"),
+        (lambda m: m.update(generation="abc"), "generation: must be a list, got 'abc'"),
+        (lambda m: m.update([1, 2]), "[0]: must be an object, got 1"),
+        (lambda m: m.update("abc"), "[0]: must be an object, got 'a'"),
+        (lambda m: m.update(nll=torch.zeros(2), tokens=[1]), "in length: {'nll': 2, 'tokens': 1}"),
+        (lambda m: type(m)(test_set=5), "test_set: must be a text, got 5"),
+        (lambda m: type(m)(retrained="x"), "retrained: must be a Results or null, got 'x'"),
+        (lambda m: metrics.metric_class("truthratio"), "did you mean truth_ratio?"),
+        (lambda m: metrics.MeasureMetric(), "key: must be given for a metric without a measure"),
+    ],
+)
+def test_a_wrong_call_is_one_line(call, said):
+    with pytest.raises(WagleError, match=re.escape(said)):
+        call(AnswerProbability())
+
+
+def test_any_column_of_another_kind_is_measured_or_refused():
+    names = ("truth_ratio", "accuracy", "mc1", "mc2", "member_zlib", "member_min_k_plus_plus")
+    kinds = [metrics.metric_class(n) for n in (*names, "row_perplexity", "toxicity", "rougeL_f1")]
+    table = [record | FURTHER for record in asked(3)]
+    columns, draw, refused = [at for at in places(table) if at[:1] == (1,)], Random(0), 0
+    for _ in range(600):
+        metric = draw.choice(kinds)()
+        try:
+            metric.update(changed(table, draw.choice(columns), draw.choice([..., *OTHERS])))
+            assert metric.compute().isnan() == bool(metric.undefined)
+        except WagleError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 200 < refused < 500
 
 
 # -- torchmetrics' own ------------------------------------------------------------------------------------------------

@@ -175,11 +175,6 @@ class _Settings:
         if self.score is None:
             self.score = Curvature(power=1.0)
 
-    def choose_rate(self, weights: int) -> None:
-        """Choose a learning rate for a model of this size, if none is given."""
-        if self.lr is None:
-            self.lr = next(rate for limit, rate in LEARNING_RATES if weights < limit)
-
     def choose_objective(self, drop: float) -> Objective:
         """The objective, for rows whose log-probability must fall by ``drop`` on average.
 
@@ -229,7 +224,9 @@ class _Run:
         else:
             self.lm = load_model(source, checkpoint_dtype(source) or torch.float32)
         self.settings = settings
-        settings.choose_rate(self.lm.num_parameters())
+        if settings.lr is None:
+            weights = self.lm.num_parameters()
+            settings.lr = next(rate for limit, rate in LEARNING_RATES if weights < limit)
         self.record, self.history = _HISTORY.get(self.lm) or (read_record(source), [])
         self.origin = Origin(self.lm)
         options = {"seed": settings.seed, **data}
@@ -387,12 +384,8 @@ class _Run:
 
 
 def _notes(without_unseen: int, retain: int) -> str:
-    """How the verdict was reached, where that is not as usual.
-
-    Args:
-        without_unseen: number of forget rows without an unseen counterpart.
-        retain: number of retain rows, if those that were tested are those trained on, else 0.
-    """
+    """How the verdict was reached, where that is not as usual: some forget rows have no unseen
+    counterpart, or ``retain`` rows that were tested were also trained on."""
     notes = []
     if without_unseen:
         notes.append(

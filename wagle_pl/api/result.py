@@ -127,8 +127,11 @@ class Forgotten:
         with tempfile.TemporaryDirectory() as folder:
             after = self.save(Path(folder) / "after")
             if self._base is not None:
-                self._check_base(self._base)
                 base = self._base
+                lm = load_model(base, checkpoint_dtype(base) or torch.float32)
+                if fingerprint(lm) != self.record["lineage"][-1]["base_fingerprint"]:
+                    why = "a patch from it to the unlearned model would be wrong"
+                    raise WagleError(f"{base} has changed since it was loaded: {why}")
             else:
                 before = copy.deepcopy(self.model)
                 before.load_state_dict(self._origin.parameters(), strict=False)
@@ -138,11 +141,3 @@ class Forgotten:
                 )
             make_patch(base, after, path, overwrite)
         return Path(path)
-
-    def _check_base(self, base: str) -> None:
-        lm = load_model(base, checkpoint_dtype(base) or torch.float32)
-        if fingerprint(lm) != self.record["lineage"][-1]["base_fingerprint"]:
-            raise WagleError(
-                f"{base} has changed since it was loaded: a patch from it to the unlearned model "
-                "would be wrong"
-            )

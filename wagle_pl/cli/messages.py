@@ -9,15 +9,14 @@ import sys
 import warnings
 from typing import NoReturn, Optional
 
-from wagle_pl.core.errors import WagleError, causes
+from wagle_pl.core.errors import DISK_ERRORS, WagleError, causes
 from wagle_pl.core.stopping import is_first_rank
 
 EXIT_MISTAKE = 2
 
 #: What a disk answers about a path, and code does not get wrong.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_OF_DISKS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
-_OF_DISKS |= {errno.ENAMETOOLONG, errno.ELOOP, *_FULL}
+_OF_DISKS = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_OF_DISKS |= {errno.ELOOP, *DISK_ERRORS}
 
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -47,7 +46,9 @@ def mistake(error: BaseException) -> Optional[str]:
     for cause in causes(error):
         if isinstance(cause, WagleError):
             return str(cause)
-        if isinstance(cause, OSError) and cause.errno in (_OF_DISKS if cause.filename else _FULL):
+        if isinstance(cause, OSError) and cause.errno in (
+            _OF_DISKS if cause.filename else DISK_ERRORS
+        ):
             return f"{cause.filename or 'output'}: {cause.strerror.lower()}; choose another place"
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import tempfile
@@ -14,11 +13,8 @@ from typing import Literal, Optional
 
 from safetensors import SafetensorError
 
-from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.errors import DISK_ERRORS, WagleError, first_line
 from wagle_pl.core.stopping import undone_at_sigterm
-
-#: Errors of a disk that is full or may not be written.
-_DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 
 
 class Unwritable(WagleError):
@@ -172,7 +168,7 @@ def _disk_says(error: Exception) -> Optional[str]:
         number = int(match[1])
     if "inline_container.cc" in str(error):  # torch.save says no more
         return "torch.save could not write all of it"
-    return os.strerror(number) if number in _DISK_ERRORS else None
+    return os.strerror(number) if number in DISK_ERRORS else None
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a file may hold: one function that checks a value against a type.
 
-A schema is ``int``, ``float``, ``str``, ``bool``, :data:`Count`, :data:`Digits`, :data:`Json`,
-``Any``, any other class, ``Literal``, ``Union``, ``Optional``, ``list[T]``, ``tuple[S, T]`` (in
+A schema is ``int``, ``float``, ``str``, ``bool``, :data:`Count`, :data:`Real`, :data:`Digits`,
+:data:`Json`, ``Any``, any other class, ``Literal``, ``Union``, ``Optional``, ``list[T]``, ``tuple[S, T]`` (in
 JSON, a list of as many items), ``dict[K, T]``, or a ``TypedDict`` of these. Keys that a
 ``TypedDict`` does not name are accepted, since a later version may write more of them; a key whose
 type is ``Optional`` or ``Any`` may be missing.
@@ -34,10 +34,12 @@ from typing import (
 from wagle_pl.core.errors import WagleError
 
 Count = NewType("Count", int)  # an integer of 0 or more
+Real = NewType("Real", float)  # a number, or NaN where there is none
 Digits = NewType("Digits", str)  # such an integer as text, as keys of JSON are
 Json = NewType("Json", object)  # anything that JSON can hold
 
-_WORDS = {int: "an integer", Count: "an integer of 0 or more", float: "a number", str: "a text"}
+_WORDS = {int: "an integer", Count: "an integer of 0 or more", str: "a text"}
+_WORDS |= {float: "a number", Real: "a number"}
 _WORDS |= {bool: "true or false", list: "a list", dict: "an object", NoneType: "null"}
 _WORDS |= {Json: "what JSON can hold", Digits: "an integer of 0 or more, as a text"}
 
@@ -66,6 +68,8 @@ def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
         for name, item in value.items():
             check(name, args[0], where, f"{key} key".strip())
             check(item, args[1], where, _join(key, str(name)))
+    elif args == (Real,) and {*map(type, value)} <= {float}:
+        return value  # the usual case, of many numbers
     elif get_origin(kind) in (list, tuple):
         items = args if get_origin(kind) is tuple else args * len(value)
         for index, (item, inner) in enumerate(zip(value, items, strict=True)):
@@ -153,9 +157,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and re.fullmatch("[0-9]{1,15}", value) is not None
     if get_origin(kind) is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(get_args(kind))
-    if kind is float:  # NaN is no number; an integer may be too large to be one
+    if kind in (float, Real):  # NaN is no number; an integer may be too large to be one
         finite = type(value) is int and abs(value) <= sys.float_info.max
-        return finite or (type(value) is float and value == value)
+        return finite or (type(value) is float and (kind is Real or value == value))
     return isinstance(value, _outer(kind))
 
 

@@ -18,9 +18,12 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from wagle_pl.core.registry import import_further
+from wagle_pl.core.errors import WagleError, first_line
+from wagle_pl.core.reading import parse_json
+from wagle_pl.core.registry import did_you_mean, import_further
+from wagle_pl.core.schema import check, check_arguments
 from wagle_pl.evaluation.functional import Undefined
-from wagle_pl.evaluation.records import MEASURES, Observations, Records, Value
+from wagle_pl.evaluation.records import MEASURES, RECORD, Observations, Records, Value
 from wagle_pl.evaluation.suites import Suite, find_suite
 from wagle_pl.evaluation.tofu_result import Table
 
@@ -78,11 +81,15 @@ class MeasureMetric(Metric):
     ) -> None:
         names = [column.name for column in fields(Observations) if column.name in options]
         compared = Observations({}, **{name: options.pop(name) for name in names})
+        check_arguments(MeasureMetric.__init__, locals(), "")
         super().__init__(**options)
         self.test_set, self.key = test_set, key or self.measure
+        if not self.key:
+            raise WagleError("must be given for a metric without a measure", "key")
         if measures is None:
             alone = None
-            if suite is None and Records in get_type_hints(MEASURES[self.measure].compute).values():
+            of_one_set = not suite and self.measure in MEASURES
+            if of_one_set and Records in get_type_hints(MEASURES[self.measure].compute).values():
                 alone = test_set, self.measure
                 self.key = "/".join(alone)
             suite = find_suite(suite or ("generic" if alone else SUITES.get(self.measure, "tofu")))
@@ -98,18 +105,35 @@ class MeasureMetric(Metric):
         test_set: Optional[str] = None,
         **columns: Any,
     ) -> None:
-        """Add rows of a test set: records, or columns of equal length."""
-        values = [c.tolist() if isinstance(c, Tensor) else c for c in columns.values()]
-        named = (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
-        lines = [json.dumps([test_set or self.test_set, row]) + "\n" for row in (*records, *named)]
-        content = torch.tensor(list("".join(lines).encode()), dtype=torch.uint8)
+        """Add rows of a test set: records, or columns of equal length; wrong types are refused."""
+        where = f"{type(self).__name__}.update"
+        test_set = check(test_set or self.test_set, str, f"{where}: test_set")
+        try:
+            text = json.dumps([[*records], columns], default=lambda value: value.tolist())
+            rows, columns = parse_json(text, where)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise WagleError(f"{where}: {first_line(error)}") from None
+        check(columns, dict[str, list[Any]], where)
+        if len({*map(len, columns.values())}) > 1:
+            lengths = {name: len(column) for name, column in columns.items()}
+            raise WagleError(f"{where}: columns differ in length: {lengths}")
+        rows += [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+        ]
+        check(rows, list[RECORD], where)
+        lines = "".join(json.dumps([test_set, row]) + "\n" for row in rows)
+        content = torch.tensor(list(lines.encode()), dtype=torch.uint8)
         self.content.append(content.to(self.device))
 
     def compute(self) -> Tensor:
         """The value, a float64 scalar (float32 on devices without float64)."""
         content = dim_zero_cat(self.content).cpu().numpy().tobytes() if len(self.content) else b""
         missing = Undefined(f"these rows have no {self.key}")
-        value = _values(self.measures, content).get(self.key, missing)
+        try:
+            value = _values(self.measures, content).get(self.key, missing)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            why = f"the columns of a row do not fit each other: {first_line(error)}"
+            raise WagleError(why, self.key) from error
         self.undefined = str(value) if isinstance(value, Undefined) else ""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         number = float("nan") if isinstance(value, Undefined) else float(value)
@@ -134,12 +158,11 @@ def _values(measures: Measures, content: bytes) -> Mapping[str, Value]:
     """All values of some content: the metrics of one collection share them. A row with a number
     counts once; rows without one stay in order."""
     tables: dict[str, dict[Any, dict[str, Any]]] = {}
-    for line_number, line in enumerate(content.splitlines()):
+    for number, line in enumerate(content.splitlines()):
         test_set, record = json.loads(line)
-        tables.setdefault(test_set, {})[record.get("row", f"line {line_number}")] = record
-    return measures(
-        {n: sorted(rows.values(), key=lambda r: r.get("row", -1)) for n, rows in tables.items()}
-    )
+        row = record.get("row")  # those without one come first
+        tables.setdefault(test_set, {})[(-1, number) if row is None else (row, 0)] = record
+    return measures({name: [rows[key] for key in sorted(rows)] for name, rows in tables.items()})
 
 
 def class_name(measure: str) -> str:
@@ -155,6 +178,8 @@ def class_name(measure: str) -> str:
 @cache
 def metric_class(measure: str) -> type[MeasureMetric]:
     """The metric of a registered measure."""
+    if measure not in MEASURES:
+        raise WagleError(f"there is no measure {measure!r}", hint=did_you_mean(measure, MEASURES))
     about = MEASURES[measure]
     doc = f"{about.what[:1].upper()}{about.what[1:]}; in {about.unit}. See :class:`MeasureMetric`."
     better = (

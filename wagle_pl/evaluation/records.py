@@ -19,12 +19,13 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Optional, Union
+from typing import Any, Literal, NamedTuple, Optional, TypedDict, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wagle_pl.core.schema import Count, Real, check_arguments
 from wagle_pl.evaluation import functional as F
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.results import Results
@@ -47,6 +48,17 @@ COLUMNS = {
     "perturbed_nll": "perturbed answers (column perturbed_answer)",
     **dict.fromkeys(("reference", "rouge1_recall", "rougeL_recall"), "answer to compare with"),
 }
+
+_NUMBERS = "nll tokens lower_nll paraphrased_nll paraphrased_tokens gradient_norm toxicity"
+_NUMBERS += " not_gibberish rouge1_recall rougeL_recall paraphrased_rougeL_recall"
+_LISTS = "perturbed_nll perturbed_rougeL_recall logprobs text_logprobs vocabulary_mean"
+_LISTS += " vocabulary_std choice_logprobs choice_nll choice_text_logprobs"
+_SCHEMA: dict[str, Any] = dict.fromkeys(("question", "answer", "generation", "reference"), str)
+_SCHEMA |= dict.fromkeys(("row", "label"), Count) | dict.fromkeys(_NUMBERS.split(), Real)
+_SCHEMA |= dict.fromkeys(_LISTS.split(), list[Real]) | {"answer_aliases": list[str]}
+_SCHEMA |= {"right_choices": list[Count], "greedy": list[Union[bool, int]]}
+#: What a record may hold; a column that a row lacks is missing or None.
+RECORD: Any = TypedDict("RECORD", {n: Optional[t] for n, t in _SCHEMA.items()})  # type: ignore
 
 
 # -- the registry --------------------------------------------------------------------------------
@@ -171,6 +183,9 @@ class Observations:
     general: Mapping[str, float] = field(default_factory=dict)  # ability, task -> accuracy
     corpus: Optional[str] = None  # of MUSE, for which its retrained model's area is known
     tofu_retrained: Optional[Results] = None  # on any forget rows, for TOFU's own forget quality
+
+    def __post_init__(self) -> None:
+        check_arguments(Observations.__init__, vars(self), "")
 
     def table(self, name: str) -> Table:
         """The records of a test set; Undefined if there is none."""

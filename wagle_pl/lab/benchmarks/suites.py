@@ -174,7 +174,8 @@ class DetoxSuite(Averages):
 @measure("perplexity", "lower", "higher", needs={"answer"})
 def row_perplexity(rows: Records) -> float:
     """Exp of the mean over rows of a token's mean negative log-likelihood (KnowUnDo)."""
-    return math.exp(F.mean(rows.numbers("nll"), "answers"))
+    mean = F.mean(rows.numbers("nll"), "answers")
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 class KnowUnDoSuite(Suite):
