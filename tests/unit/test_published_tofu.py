@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
@@ -112,6 +113,27 @@ def by_planted_unit() -> str:
         ]
         rows.append([label, *("{:.2f} ({:.2f})".format(*found[plant, s]) for s in scores)])
     return rows_of(rows)
+
+
+def test_what_attacks_bring_back_of_plants() -> None:
+    """The table of the people's page, and the paired tests that it and TOFU's page tell."""
+    table = pd.read_csv(CONFIGS / "people/results/plants_attacked.csv")
+    page = (CONFIGS / "people/README.md").read_text(encoding="utf-8")
+    runs = dict(iter(table.groupby(["plant", "mask"])))
+    for (_, mask), of in runs.items():
+        cells = [f"{of[c].mean():.3f} ± {of[c].std():.3f}" for c in table.columns[4:]]
+        assert f"| {mask} | {of.steps.mean():.0f} | {' | '.join(cells)} |" in page
+    for plant, first, second, column, told in (
+        ("random-0.1", "curvature^1", "plant", "relearn_forget_20", "0.006"),
+        ("random-0.1", "plant", "random", "relearn_forget_20", "0.97"),
+        ("spread-0.2", "plant", "random", "relearn_forget_20", "0.017"),
+        ("spread-0.2", "plant", "dense", "relearn_forget_20", "0.026"),
+        ("spread-0.2", "curvature^1", "plant", "relearn_forget_20", "0.96"),
+        ("random-0.1", "curvature^1", "plant", "kept", "0.10"),
+        ("spread-0.2", "curvature^1", "plant", "kept", "0.028"),
+    ):
+        p = ttest_rel(runs[plant, first][column], runs[plant, second][column]).pvalue
+        assert f"{p:.{len(told) - 2}f}" == told and f"p {told}" in page
 
 
 def stable() -> str:
