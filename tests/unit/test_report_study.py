@@ -281,9 +281,9 @@ def test_a_legend_has_room(objectives, masks):
     figure = study_overview(arms, "dense", {"target": (0.9, 0.9)}, 0.1, ("forget", "utility"))
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
-    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width and legend.y0 >= 0
-    assert legend.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
-    assert all(axes.bbox.height > figure.dpi * 1.5 for axes in figure.axes)
+    assert legend.x1 <= figure.bbox.width and legend.y0 >= 0
+    assert legend.x0 > max(axes.get_tightbbox().x1 for axes in figure.axes)
+    assert all(axes.bbox.width > figure.dpi * 1.5 for axes in figure.axes)
 
 
 def test_the_best_arms_have_the_plainest_lines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from itertools import product
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wagle_pl.attribution import mask_from_scores, selection
-from wagle_pl.attribution.selection import Ranking, order_keys, select, select_each
+from wagle_pl.attribution.selection import Ranking, order_keys, select_each
 from wagle_pl.attribution.stored import write_scores
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
@@ -25,6 +26,12 @@ from wagle_pl.masks.bits import unpack_bits
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-39, 1.0, -1.0, 3.4e38, -3.4e38, 1.0000001]
 RANKINGS = [Ranking(absolute, low) for absolute, low in product((True, False), (True, False))]
+
+
+def select(scores: Any, density: float, *options: Any, **more: Any) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, packed bits) of one density."""
+    for name, (bits,) in select_each(scores, [density], *options, **more):
+        yield name, bits
 
 
 def named(seed: int, shapes: list[tuple[int, ...]], kind: str) -> dict[str, Tensor]:

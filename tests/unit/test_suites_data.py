@@ -445,11 +445,3 @@ def test_a_book_that_cannot_be_used(tmp_path, monkeypatch, tiny_model, content, 
         (tmp_path / "book.txt").write_text(content, encoding="latin-1")
     with pytest.raises(WagleError, match=message):
         CopyrightDataModule(book="book.txt", tokenizer=tiny_model).examples("forget")
-
-
-def test_benchmarks_are_found_where_earlier_versions_had_them():
-    import wagle_pl.data
-
-    assert wagle_pl.data.WMDPDataModule is wagle_pl.WMDPDataModule
-    with pytest.raises(AttributeError, match="no attribute 'NoDataModule'"):
-        _ = wagle_pl.data.NoDataModule

@@ -70,14 +70,6 @@ def order_keys(scores: Tensor, ranking: Ranking = HIGHEST) -> Tensor:
     return ~keys if ranking.low else keys
 
 
-def select(
-    scores: Scores, density: float, ranking: Ranking = HIGHEST, scope: Scope = "global"
-) -> Iterator[tuple[str, Tensor]]:
-    """:func:`select_each` for one density; yields (parameter name, packed bits)."""
-    for name, (bits,) in select_each(scores, [density], ranking, scope):
-        yield name, bits
-
-
 def select_each(
     scores: Scores,
     densities: Sequence[float],

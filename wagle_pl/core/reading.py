@@ -112,13 +112,12 @@ def parse_json(
         raise WagleError(f"{place}: JSON nested more than {DEPTH} deep") from None
     if text.count("[") + text.count("{") > DEPTH:
         level, depth = [value], 0
-        while level := [child for parent in level for child in _children(parent)]:
+        while level := [
+            child
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]:
             if (depth := depth + 1) > DEPTH:
                 raise WagleError(f"{place}: JSON nested more than {DEPTH} deep")
     return check(value, kind, place)
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []

@@ -166,7 +166,9 @@ def _fits(value: Any, kind: Any) -> bool:
 def _refuse(value: Any, kind: Any, where: str, key: str) -> NoReturn:
     expected = _either(map(_in_words, _options(kind)))
     place = f"{where}: {key}" if key else where
-    raise WagleError(f"{place}: must be {expected}, got {_short(_shown(value))}")
+    large = type(value) is int and abs(value) >= 1 << 63
+    shown = "an integer of more than 64 bits" if large else _short(repr(value))
+    raise WagleError(f"{place}: must be {expected}, got {shown}")
 
 
 def _either(words: Iterable[str]) -> str:
@@ -184,11 +186,6 @@ def _in_words(kind: Any) -> str:
 
 def _join(key: str, name: str) -> str:
     return f"{key}.{_short(name)}" if key else _short(name)
-
-
-def _shown(value: Any) -> str:
-    large = type(value) is int and abs(value) >= 1 << 63
-    return "an integer of more than 64 bits" if large else repr(value)
 
 
 def _short(text: str) -> str:

@@ -52,10 +52,6 @@ def _reference(rows: Records) -> Tensor:
     return rows.numbers("nll") - reference.numbers("nll")
 
 
-def _lower(rows: Records) -> Tensor:
-    return rows.numbers("nll") / rows.numbers("lower_nll")
-
-
 def _register(name: str, score: MembershipScore, what: str, needs: Collection[str]) -> str:
     """Register the ROC area of a score as ``mia_<name>``, which is returned."""
     what = f"membership inference {what}"
@@ -96,7 +92,10 @@ MORE_MEMBERSHIP = (
         for percent in (5, 10, 20, 30, 50, 60)
     ),
     _register(
-        "lower", _lower, "by loss over that in lower case (MUSE's PPL/lower)", {"answer", "lower"}
+        "lower",
+        lambda rows: rows.numbers("nll") / rows.numbers("lower_nll"),
+        "by loss over that in lower case (MUSE's PPL/lower)",
+        {"answer", "lower"},
     ),
     "rel_diff",
 )

@@ -78,17 +78,12 @@ def rates_of(arm: Arm) -> str:
     return " ".join(f"{rate:g}" for rate in sorted(set((arm.get("learning_rates") or {}).values())))
 
 
-def marked_name(arm: Arm) -> str:
-    """Name of an arm's mask, marked if it was tried with its own learning rates."""
-    return str(arm.get("mask")) + (MARK if arm.get("own_learning_rates") else "")
-
-
 def cells(arm: Arm) -> dict[str, str]:
     """One arm as a row of the table: name of the column -> cell."""
     area, equal = arm["area"], arm["equal_steps"] or {"difference": None, "p": None}
     equal_p = "" if equal["p"] is None else f" (p {chance(equal['p'])})"
     return {
-        "mask": marked_name(arm),
+        "mask": arm["mask"] + (MARK if arm.get("own_learning_rates") else ""),
         "utility": mean_std(arm["mean"], arm["std"]),
         "seeds": f"{arm['n']}/{arm['seeds']}",
         "reach": f"{arm['reached']:.0%}",

@@ -17,7 +17,7 @@ _ARM_COLOURS = (  # visible on a light and on a dark page
     *("#8e5bd0", "#5f9e3a", "#c2489b", "#8a7a55"),
 )
 _ARM_LINES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
-_LEGEND_HEIGHT = 0.5  # inches of a figure's height; a higher legend makes the figure higher
+_LEGEND_WIDTH = 2.2  # inches
 
 
 # -- forgetting against utility --------------------------------------------------------------------
@@ -40,8 +40,9 @@ def study_overview(
         level: forget measure at which utilities are compared.
         labels: of the axes.
     """
-    figure, all_axes = panels(max(4.8, 3.8 * len(arms)), 3.9, len(arms))
     names = dict.fromkeys(mask for panel in arms.values() for mask in panel)
+    size = (max(4.8, 3.8 * len(arms)) + _LEGEND_WIDTH, max(3.9, 0.16 * len(names) + 0.8))
+    figure, all_axes = panels(*size, len(arms))
     masks = [mask for mask in names if mask != first and mask not in _LINES]
     curves = [points for panel in arms.values() for points in panel.values()]
     bounds = bounds_of([*(point for points in curves for point in points), *references.values()])
@@ -63,7 +64,7 @@ def study_overview(
             axes.axvline(level, linewidth=1, zorder=1, **line)
         axes.set(xlim=bounds[:2], ylim=bounds[2:], xlabel=labels[0], ylabel=labels[1])
         axes.set_title(objective, fontsize=9)
-    _add_legend(figure, columns=4, size=7.5)
+    _add_legend(figure, size=7.5)
     return figure
 
 
@@ -117,24 +118,11 @@ def bounds_of(points: Sequence[Point]) -> tuple[float, ...]:
     return tuple(ends)
 
 
-def _add_legend(figure: Any, columns: int = 3, size: float = 8.5) -> None:
-    """One legend for all panels, below them, with as many columns as fit, at most ``columns``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
+def _add_legend(figure: Any, size: float = 8.5) -> None:
+    """One legend for all panels, on the right of them."""
     shown: dict[str, Any] = {}
     for axes in figure.axes:
         lines, labels = axes.get_legend_handles_labels()
         shown |= dict(zip(labels, lines, strict=True))
-    if not shown:
-        return
-    renderer = FigureCanvasAgg(figure).get_renderer()  # measures without laying the figure out
-    style = {"loc": "outside lower center", "fontsize": size, "handlelength": 2.2}
-    for ncols in range(columns, 0, -1):
-        legend = figure.legend(shown.values(), shown.keys(), ncols=ncols, **style)
-        box = legend.get_window_extent(renderer)
-        room = 0.92 * figure.bbox.width  # a browser's text is a little wider
-        if ncols == 1 or box.width <= room:
-            break
-        legend.remove()
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + max(0.0, box.height / figure.dpi - _LEGEND_HEIGHT))
+    style = {"loc": "outside right upper", "fontsize": size, "handlelength": 2.2}
+    figure.legend(shown.values(), shown.keys(), **style)
