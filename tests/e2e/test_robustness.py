@@ -19,9 +19,10 @@ from wagle_pl.data.rows import load_rows
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.attacks import Attack, Relearn
 from wagle_pl.evaluation.attacks.attack import find_attacks, texts_of, usable_attacks
-from wagle_pl.evaluation.attacks.weights import finetune_, quantise_
+from wagle_pl.evaluation.attacks.weights import finetune_
 from wagle_pl.evaluation.results import model_of, results_of
 from wagle_pl.lm.models import load_model, load_tokenizer
+from wagle_pl.lm.quantised import quantise_
 from wagle_pl.lm.saving import save_model
 
 PROMPTED = ["paraphrase", "sample", "probe"]
@@ -293,7 +294,11 @@ def test_autocast_sees_the_changed_weights(attacked):
             "sample has nothing to work on: no row to be forgotten is generated",
         ),
         ("[quantise,quantise]", (), "model.robustness: quantise is named twice"),
-        (one("Quantise", bits=[1]), (), "quantise.bits: must be 2 to 16, got [1]"),
+        (
+            one("Quantise", bits=[1]),
+            (),
+            "quantise.bits: must be 2 to 16, or one of nf4, q8_0, q4_0, got 1",
+        ),
         (one("Relearn", learning_rate=1e30), (), "lower its learning_rate"),
         ("relearn", ("--model.target=nowhere",), "model.target: result file nowhere does not exi"),
     ],

@@ -9,12 +9,13 @@ from scipy.stats import mannwhitneyu
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from wagle_pl.core.errors import WagleError
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
 from wagle_pl.data.template import Template
 from wagle_pl.evaluation.attacks.attack import worst
-from wagle_pl.evaluation.attacks.weights import fake_quantise, finetune_, quantise_, restored
+from wagle_pl.evaluation.attacks.weights import finetune_, restored
 from wagle_pl.lab.attacks.probing import (
     folds_of,
     order_answers,
@@ -24,6 +25,7 @@ from wagle_pl.lab.attacks.probing import (
 )
 from wagle_pl.lm.layers import linear_weights
 from wagle_pl.lm.models import load_model, load_tokenizer
+from wagle_pl.lm.quantised import NF4, fake_quantise, quantise_, rounded_to
 
 normal = torch.randn
 
@@ -47,9 +49,41 @@ def test_quantisation_against_the_formula(bits):
     assert ((found - weights).abs() <= scale * 0.5001).all()
 
 
-def test_quantisation_keeps_the_dtype_and_zeros():
-    assert fake_quantise(normal(3, 20).bfloat16(), 4).dtype == torch.bfloat16
-    assert torch.equal(fake_quantise(torch.zeros(2, 4), 4), torch.zeros(2, 4))
+@pytest.mark.parametrize("form", [4, "nf4", "q8_0", "q4_0"])
+def test_quantisation_keeps_the_dtype_and_zeros(form):
+    assert rounded_to(normal(3, 32).bfloat16(), form).dtype == torch.bfloat16
+    assert torch.equal(rounded_to(torch.zeros(2, 32), form), torch.zeros(2, 32))
+
+
+def test_nf4_is_that_of_bitsandbytes():
+    """The codes are those that bitsandbytes 0.50.2 gives on a CPU; itself, where it is installed."""
+    codes = "0000011111111222223334444555666778889900011122223333444444455555"
+    codes = [int(code) + 10 * (i > 37) for i, code in enumerate(codes)]
+    line = torch.linspace(-1, 1, 64)
+    assert torch.equal(rounded_to(3 * line[None], "nf4"), 3 * torch.tensor(NF4)[codes][None])
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for shape in ((200, 640), (7 * 96,)):
+        weights = normal(*shape)
+        packed, state = functional.quantize_4bit(weights, blocksize=64, quant_type="nf4")
+        expected = functional.dequantize_4bit(packed, state).view(shape)
+        assert torch.equal(rounded_to(weights, "nf4"), expected)
+
+
+@pytest.mark.parametrize(("form", "top"), [("q8_0", 127), ("q4_0", -8)])
+def test_the_forms_of_llama_cpp(form, top):
+    """A block of 32 has one scale, a half: the entry of largest absolute value is at the end of the levels."""
+    weights = normal(5, 96)
+    found = rounded_to(weights, form).view(-1, 32)
+    blocks = weights.view(-1, 32)
+    furthest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    scale = (furthest.abs() / top if top > 0 else furthest / top).half().float()
+    levels = found / scale
+    assert torch.equal(levels.round() * scale, found)
+    assert levels.min() >= -abs(top) and levels.max() <= (top if top > 0 else 7)
+    inside = (blocks / scale).round() <= (top if top > 0 else 7)
+    assert ((found - blocks).abs() <= scale.abs() * 0.51)[inside].all()
+    with pytest.raises(WagleError, match=f"{form} has blocks of 32 .* a row of 12"):
+        rounded_to(normal(2, 12), form)
 
 
 def test_what_is_quantised(tiny_model):

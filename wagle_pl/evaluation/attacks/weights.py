@@ -19,6 +19,7 @@ from wagle_pl.data.example import Example
 from wagle_pl.evaluation.attacks.attack import Attack, Finding, Subject, texts_of
 from wagle_pl.lm.inference import forward_answers, sequence_logprobs
 from wagle_pl.lm.layers import linear_weights
+from wagle_pl.lm.quantised import check_form, quantise_
 
 log = logging.getLogger(__name__)
 
@@ -46,54 +47,32 @@ def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 class Quantise(Attack):
     """Round the linear layers' weights to few bits, which may undo small updates, and test again.
 
-    Weights only, per output channel, to the nearest level, and back to floating point: no special
-    kernels, any device (arXiv 2410.16454).
+    Weights only, of the blocks' linear layers, and back to floating point: no special kernels, any
+    device (arXiv 2410.16454).
 
     Args:
-        bits: numbers of bits, each of which is tried.
+        bits: what is tried, one after the other: a number of bits rounds to the nearest level of
+            each output channel; ``nf4`` rounds as bitsandbytes does, in blocks of 64; ``q8_0`` and
+            ``q4_0`` as llama.cpp does, in blocks of 32 (with the package gguf).
     """
 
     moves_weights = True
 
-    bits: Sequence[int] = (8, 4)
+    bits: Sequence[Union[int, Literal["nf4", "q8_0", "q4_0"]]] = (8, 4)
 
     def attack(self, subject: Subject) -> Iterator[Finding]:
-        for bits in self.bits:
+        for form in self.bits:
+            option = f"{form}bit" if isinstance(form, int) else form
             with restored(weight for weight, _ in linear_weights(subject.lm, head=False)):
-                quantise_(subject.lm, bits)
-                yield from subject.compare(subject.every_row(), self.measures, f"{bits}bit")
+                quantise_(subject.lm, form)
+                yield from subject.compare(subject.every_row(), self.measures, option)
 
     def check(self, subject: Subject) -> None:
         super().check(subject)
-        if not self.bits or not all(2 <= bits <= 16 for bits in self.bits):
-            raise WagleError(f"quantise.bits: must be 2 to 16, got {list(self.bits)}")
-
-
-def fake_quantise(weights: Tensor, bits: int) -> Tensor:
-    """Weights rounded to the nearest of 2^bits levels (RTN, arXiv 2410.16454), in floating point.
-
-    s = (max w − min w) / (2^b − 1) over a range that includes 0, z = round(−min w / s),
-    w' = s · (clamp(round(w / s) + z, 0, 2^b − 1) − z).
-
-    ``weights`` are (out, in), one row per channel, which has a scale of its own.
-
-    >>> fake_quantise(torch.tensor([[-1.0, 0.3, 0.9, 2.0]]), bits=2)
-    tensor([[-1.,  0.,  1.,  2.]])
-    """
-    rows, top = weights.float(), 2**bits - 1
-    least, greatest = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
-    scale = ((greatest - least) / top).clamp(min=torch.finfo(torch.float32).tiny)
-    zero = (-least / scale).round().int()
-    return torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, 0, top).to(weights.dtype)
-
-
-@torch.no_grad()
-def quantise_(lm: nn.Module, bits: int) -> None:
-    """Fake-quantise the blocks' linear maps in place, not the output head (nor tied embeddings)."""
-    for weight, transposed in linear_weights(lm, head=False):
-        for matrix in weight.data if weight.ndim == 3 else (weight.data,):
-            rounded = fake_quantise(matrix.T if transposed else matrix, bits)
-            matrix.copy_(rounded.T if transposed else rounded)
+        if not self.bits:
+            raise WagleError("quantise.bits: name a number of bits or a form")
+        for form in self.bits:
+            check_form(form, "quantise.bits")
 
 
 # -- fine-tuning -----------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.schema import Count
 from wagle_pl.core.tensorfiles import TensorFiles
 from wagle_pl.data.example import Example
-from wagle_pl.evaluation.attacks.weights import quantise_
 from wagle_pl.lab.requests.register import Means, Register, Tested
 from wagle_pl.lm.models import checkpoint_dtype, load_model, load_tokenizer, weights_folder
+from wagle_pl.lm.quantised import quantise_
 from wagle_pl.unlearning.patch import digest_of, make_patch
 
 log = logging.getLogger(__name__)
