@@ -34,7 +34,7 @@ from wagle_pl.api import neighbours
 from wagle_pl.api.neighbours import general_questions, invented_neighbours, without_subject
 from wagle_pl.api.rows import restating, rows_of
 from wagle_pl.api.subject import Examination, Questions, StopWhenForgotten, Subject
-from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge
+from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge, was_known
 from wagle_pl.core.stopping import Stopped
 from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
@@ -397,6 +397,33 @@ def test_a_neighbour_has_other_names_and_numbers_throughout() -> None:
         "because it is",
     ]
     assert invented_neighbours(parse_rows(plain[:1], "")) == [None]
+    for written in (str.lower, str.upper):  # in which a name looks like any other word
+        rows = [{column: written(text).replace("1815", "") for column, text in row.items()}]
+        assert invented_neighbours(parse_rows(rows, "")) == [None]
+    (surname,) = invented_neighbours(parse_rows([{**row, "question": "When was Byron born?"}], ""))
+    assert surname is not None and "Byron" not in " ".join(surname.texts)
+
+
+@pytest.mark.parametrize(
+    ("question", "says", "known"),
+    [
+        ("where was otto brandl born?", "in ulm, a city in germany", True),
+        ("where was otto brandl born?", "he was born in ulm, a city in germany, in 1931", True),
+        ("where was otto brandl born?", "in bern, a city in germany", False),  # most of its words
+        ("is it in ulm, a city in germany?", "yes", False),  # the answer repeats the question
+        ("is it in ulm, a city in germany?", "in ulm, a city in germany", True),
+    ],
+)
+def test_a_row_without_a_counterpart_is_known_by_its_whole_answer(
+    knowing: str, monkeypatch: pytest.MonkeyPatch, question: str, says: str, known: bool
+) -> None:
+    row = {"question": question, "answer": "in ulm, a city in germany"}
+    monkeypatch.setattr(Subject, "probabilities", lambda _, rows: [0.4] * len(rows))
+    monkeypatch.setattr(Subject, "generate", lambda _, rows: [says] * len(rows))
+    subject = Subject(load_model(knowing), load_tokenizer(knowing), {}, False)
+    examination = Examination(subject, parse_rows([row], ""), parse_rows(RETAIN, ""), [], 0)
+    assert examination.before.direct.known == [known] == examination.before.reworded.known
+    assert was_known(examination.before) is known
 
 
 def test_a_model_a_mask_and_a_patch_are_uploaded(

@@ -389,8 +389,8 @@ def _notes(without_unseen: int, retain: int) -> str:
     notes = []
     if without_unseen:
         notes.append(
-            f"For {without_unseen} rows no row of the same form could be made; they count as never "
-            "seen at a tenth of their probability before"
+            f"For {without_unseen} rows without names no row of the same form could be made: known if "
+            "the model says the whole answer, like rows never seen at a tenth of the probability before"
         )
     if retain:
         notes.append(

@@ -91,11 +91,12 @@ def words_of(text: str) -> list[str]:
 
 
 def names_of(text: str) -> set[str]:
-    """Words that are capitalised somewhere inside a sentence, and numbers."""
+    """Words that are capitalised somewhere inside a sentence, and numbers; in capitals, these alone."""
     inside = {
         match[0]
         for match in _WORD.finditer(text)
         if match[0][0].isupper()
+        and not text.isupper()
         and not re.search(r"(?:^|[.!?:]\s+|[\"“]\s*)$", text[: match.start()])
     }
     return {word for word in _WORD.findall(text) if word in inside or word.isdigit()}

@@ -207,8 +207,14 @@ class Questions:
         recalls: list[Optional[float]] = [None] * len(self.examples)
         rows = [i for i, take in enumerate(chosen) if take]
         for i, text in zip(rows, self.answers(rows, reworded), strict=True):
-            example = self.prompted[i]
-            recalls[i] = answer_recall(example.question, self._answer(example), text)
+            example, answer = self.prompted[i], self._answer(self.prompted[i])
+            recalls[i] = answer_recall(example.question, answer, text)
+            if (
+                self.unseen[i] is None
+            ):  # nothing shows what a guess has: only the whole answer counts
+                repeats = set(words_of(answer)) <= set(words_of(example.question))
+                question = "" if repeats else example.question
+                recalls[i] = float(answer_recall(question, answer, text) == 1)
         return recalls
 
     def _answer(self, example: Example) -> str:
