@@ -18,6 +18,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from helpers import same_bits, trainer
 from huggingface_hub import HfApi
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from wagle_pl import (
@@ -34,7 +36,7 @@ from wagle_pl.api import neighbours
 from wagle_pl.api.neighbours import general_questions, invented_neighbours, without_subject
 from wagle_pl.api.rows import restating, rows_of
 from wagle_pl.api.subject import Examination, Questions, StopWhenForgotten, Subject
-from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, judge, was_known
+from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, is_damaged, judge, was_known
 from wagle_pl.core.stopping import Stopped
 from wagle_pl.data.example import Example, parse_rows
 from wagle_pl.data.people import bundled
@@ -517,7 +519,8 @@ def scores(
 ) -> Scores:
     said = [recall] * len(rows)
     other_words = Asked([reworded] * len(rows), unseen, said)
-    return Scores(Asked(rows, unseen, said), other_words, retain, Asked([earlier], [0.0], [1.0]))
+    direct, before = Asked(rows, unseen, said), Asked([earlier], [0.0], [1.0])
+    return Scores(direct, other_words, [retain] * 4, before)
 
 
 KNOWN = scores([0.9, 0.8], [0.05, 0.05])
@@ -554,6 +557,42 @@ def test_a_request_that_no_row_shows_must_meet_its_bound(rows: float, outcome: s
     verdict = judge(before, after, requests=[2], known=[True] * 2)
     assert verdict.outcome == outcome and "2 of 2 forget rows were known" in verdict.sentence
     assert ("on average the rows are above the bound" in verdict.sentence) == (rows == 0.3)
+
+
+SHARES = st.lists(st.floats(0, 1), min_size=2, max_size=8)
+
+
+@given(SHARES, SHARES, st.integers(0, 7), st.floats(0, 1), st.floats(0, 1))
+def test_no_single_retain_row_decides_that_a_model_is_damaged(
+    before: list[float], after: list[float], row: int, old: float, new: float
+) -> None:
+    """Nor does one hide it: what is told of a model is never told the other way by changing a row."""
+    count = min(len(before), len(after))
+    sides = [side[:count] for side in (before, after)]
+    damaged = is_damaged(*sides)
+    sides[0][row % count], sides[1][row % count] = old, new
+    assert {damaged, is_damaged(*sides)} != {True, False}
+
+
+@pytest.mark.parametrize(
+    ("retain", "outcome", "told"),
+    [
+        ([0.9, 0.9], "forgotten", True),
+        ([0.1, 0.1], "model damaged", True),
+        ([0.1, 0.9], "forgotten", False),
+        ([0.1, 0.9, 0.9, 0.9, 0.9], "forgotten", False),
+        ([0.5, 0.9, 0.9, 0.9, 0.9], "forgotten", True),
+        ([0.1, 0.1, 0.9, 0.9, 0.9], "model damaged", True),
+        ([0.1], "forgotten", False),
+        ([float("nan")], "model damaged", True),
+    ],
+)
+def test_few_retain_rows_tell_less(retain: list[float], outcome: str, told: bool) -> None:
+    before = replace(KNOWN, retain=[0.9] * len(retain))
+    after = replace(scores([0.02, 0.03], [0.04, 0.04]), retain=retain)
+    verdict = judge(before, after)
+    assert verdict.outcome == outcome
+    assert told != (f"One of {len(retain)} retain rows decides" in verdict.sentence)
 
 
 def test_an_answer_that_is_still_said_is_not_forgotten(knowing: str) -> None:

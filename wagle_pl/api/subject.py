@@ -259,7 +259,7 @@ class Examination:
         scores = Scores(
             forget.recalled(forget.ask(reworded=False), reworded=False),
             forget.recalled(forget.ask(reworded=True), reworded=True),
-            fmean(self.subject.probabilities(self.retain)),
+            self.subject.probabilities(self.retain),
         )
         if (earlier := self.earlier) is None:
             return scores
@@ -308,7 +308,7 @@ class Examination:
             "forget_probability": fmean(scores.direct.rows),
             "unseen_probability": fmean(scores.direct.unseen),
             "reworded_probability": fmean(scores.reworded.rows),
-            "retain_probability": scores.retain,
+            "retain_probability": fmean(scores.retain),
             "forget_rougeL": float(rouge(answers, truths)["rougeL_recall"].mean()),
         }
 

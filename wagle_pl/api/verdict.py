@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, compress
 from statistics import fmean
-from typing import Literal
+from typing import Literal, Optional
 
 from wagle_pl.api.neighbours import words_of
 
@@ -63,7 +63,7 @@ class Scores:
 
     direct: Asked
     reworded: Asked
-    retain: float
+    retain: Sequence[float]  # probabilities of the rows to keep
     earlier: Asked = field(default_factory=lambda: Asked([], [], []))
     #: Whether the model's greedy answer still has the whole answer, for each row; empty if unknown.
     still_answered: Sequence[bool] = ()
@@ -121,6 +121,21 @@ def returned(before: Asked, after: Asked) -> list[bool]:
     return [now and not then for then, now in zip(before.known, after.known, strict=True)]
 
 
+def is_damaged(before: Sequence[float], after: Sequence[float]) -> Optional[bool]:
+    """Whether too little of the retain rows' mean probability is left, whichever row is left out;
+    None if that depends on one row, and so cannot be told.
+
+    >>> is_damaged([0.9] * 3, [0.1] * 3), is_damaged([0.9] * 3, [0.1, 0.9, 0.9])
+    (True, None)
+    """
+    rows = range(len(before))
+    if not all(p == p for p in after):  # NaN
+        return True
+    parts = [[j for j in rows if j != i] for i in rows if len(rows) > 1]
+    left = {fmean(after[i] for i in p) >= KEPT * fmean(before[i] for i in p) for p in parts}
+    return None if len(left) != 1 else left == {False}
+
+
 def each_has_gone(
     asked: Asked, known: Sequence[bool], requests: Sequence[int] = (), share: float = 1.0
 ) -> bool:
@@ -167,7 +182,7 @@ def judge(
     if untested:
         told = f"{untested} rows of earlier requests were not tested again"
         ends = f". {told}: give their file as earlier{ends}"
-    if before.retain < IMPROBABLE:
+    if fmean(before.retain) < IMPROBABLE:
         ends = f". {UNKNOWN_RETAIN}{ends}"
     if not requests and not was_known(before):
         return Verdict(
@@ -182,8 +197,10 @@ def judge(
     again = returned(before.earlier, after.earlier)
     gone = means_are_gone and not any(left)
     outcome: Outcome = "forgotten" if gone and not any(again) else "partly forgotten"
-    if not after.retain >= KEPT * before.retain:
-        outcome = "model damaged"
+    if (damaged := is_damaged(before.retain, after.retain)) is None:
+        told = f"One of {len(after.retain)} retain rows decides whether the model is damaged"
+        ends = f". {told}: give more{ends}"
+    outcome = "model damaged" if damaged else outcome
     parts = [f"{outcome}: {sum(known)} of {count} forget rows were known before: {numbers}"]
     for state, of_kind in (("still", known), ("newly", [not k for k in known])):
         if number := sum(row and kind for row, kind in zip(left, of_kind, strict=True)):
@@ -209,5 +226,5 @@ def _numbers(before: Scores, after: Scores, known: Sequence[bool]) -> str:
 
     return (
         f"probability {change('direct')}; in other words {change('reworded')}; retain rows "
-        f"{before.retain:.3g} to {after.retain:.3g}"
+        f"{fmean(before.retain):.3g} to {fmean(after.retain):.3g}"
     )

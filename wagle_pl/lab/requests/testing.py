@@ -71,7 +71,7 @@ def examine(
         reworded = questions.recalled(questions.ask(reworded=True), reworded=True)
     finally:
         origin.move_back()
-    scores = Scores(direct, reworded, 0.0, still_answered=answered)
+    scores = Scores(direct, reworded, (), still_answered=answered)
     return judged(scores, flags, questions.draws, any(known))
 
 
