@@ -351,7 +351,7 @@ def test_what_may_be_replaced(tmp_path):
         with suppress(WagleError):
             refuse_existing(tmp_path / name, True, kind="folder")
             replaced.add(name)
-    assert replaced == {"empty", "ours", "adapter", "tested", "ranks"}
+    assert replaced == {"empty", "ours", "adapter", "tested"}
     refuse_existing(tmp_path / "masks", True, kind="files")  # others stay as they are
     with pytest.raises(WagleError, match=r"is a file, and a folder is to be written"):
         refuse_existing(tmp_path / "runs/target/wagle.json", True, kind="folder")

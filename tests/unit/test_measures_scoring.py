@@ -239,7 +239,9 @@ def test_an_answer_of_muse_ends_at_a_blank_line_even_a_first_one(tiny, monkeypat
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *args, **kwargs: texts)
     rows = parse_rows([{"question": f"What {i}?", "answer": "blue"} for i in range(4)], "rows")
     stops = find_suite("muse").sets["knowmem_forget"].stops
-    table = observe_set(Observer(model, Template(tokenizer)), rows, {"generation"}, 4, stops=stops)
+    table = observe_set(
+        Observer(model, Template(tokenizer)), rows, {"generation"}, max_new_tokens=4, stops=stops
+    )
     assert [record["generation"] for record in table] == ["", "red", "green", "grey\nblue"]
     assert (
         find_suite("muse").measures(Observations({"knowmem_forget": table[:1]}))["knowmem_f"] == 0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Optional, TypedDict, Union
+from typing import Any, Literal, Optional, Union
 
 import lightning as L
 import torch
@@ -53,12 +53,6 @@ from wagle_pl.strategies import ZeRO, is_zero, stage_of
 log = logging.getLogger(__name__)
 
 FORGET_LOSSES = {"ce": GradDiff, "npo": NPO, "po": PO}
-
-
-class StoredSums(TypedDict):
-    """What is read of a checkpoint of an attribution pass without ZeRO."""
-
-    sums: WholeSums
 
 
 class AttributionModule(LanguageModule):
@@ -429,8 +423,8 @@ class AttributionModule(LanguageModule):
         super().on_load_checkpoint(checkpoint)
         if self.attached and self.trainer.training and not is_zero(self.trainer.strategy):
             # under ZeRO each rank has already read its part
-            stored = check(checkpoint, StoredSums, self.checkpoint_label)
-            self._stored_sums = stored["sums"]
+            sums = checkpoint.get("sums")
+            self._stored_sums = check(sums, WholeSums, self.checkpoint_label, "sums")
 
 
 def planned_passes(trainer: L.Trainer, groups: int = 1) -> tuple[float, list[str]]:

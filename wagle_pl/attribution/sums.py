@@ -434,9 +434,8 @@ class GradientSums:
         """This rank's rows of every sum, for a sharded checkpoint."""
         for name, tensors in self._stored().items():
             for parameter, shard, tensor in zip(self.names, self.shards, tensors, strict=True):
-                if size := tensor.numel():
-                    read = partial(tensor.reshape, -1)
-                    yield Piece(f"sum/{name}", parameter, shard.first, size, torch.float32, read)
+                if tensor.numel():
+                    yield Piece(f"sum/{name}", parameter, shard.first, tensor.reshape(-1))
 
     def load(self, stored: ShardedCheckpoint) -> None:
         """Restore this rank's rows from a checkpoint that any number of ranks wrote."""
@@ -444,6 +443,6 @@ class GradientSums:
             buffers = self._restored(key.removeprefix("sum/"))
             for parameter, shard, tensor in zip(self.names, self.shards, buffers, strict=True):
                 if size := tensor.numel():
-                    rows = stored.read(key, parameter, shard.first, size)
+                    rows = stored.read(key, parameter, shard.first, shard.first + size)
                     tensor.copy_(rows.view_as(tensor))
         self._load_small(stored.common["sums"])

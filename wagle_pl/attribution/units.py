@@ -212,14 +212,14 @@ class Units:
 
     # -- scores and bits ---------------------------------------------------------------------------
 
-    def _own(self, name: str, shards: Mapping[str, Shard]) -> tuple[Tensor, Tensor]:
+    def _rows_here(self, name: str, shards: Mapping[str, Shard]) -> tuple[Tensor, Tensor]:
         """The places of this rank's rows."""
         rows, columns = self.places[name]
         if name not in shards:
             return rows, columns
         shard = shards[name]
-        each = len(rows) // max(1, shard.shape[0] if shard.shape else 1)
-        return rows[shard.start * each : shard.stop * each], columns
+        height = len(rows) // max(1, shard.shape[0] if shard.shape else 1)
+        return rows[shard.start * height : shard.stop * height], columns
 
     def pooled(
         self, scores: Scores, ranking: Ranking, pool: Pool, shards: Mapping[str, Shard]
@@ -233,7 +233,7 @@ class Units:
         totals = torch.full((self.count,), start, dtype=torch.float64)
         not_finite: list[str] = []
         for name, tensor in scores():
-            rows, columns = self._own(name, shards)
+            rows, columns = self._rows_here(name, shards)
             values = tensor.reshape(len(rows), len(columns))
             if not torch.isfinite(values).all():
                 not_finite = not_finite or [name]
@@ -279,7 +279,7 @@ class Units:
 
     def _bits(self, name: str, chosen: Tensor, shards: Mapping[str, Shard]) -> Tensor:
         """Packed bits of this rank's rows of a tensor."""
-        rows, columns = self._own(name, shards)
+        rows, columns = self._rows_here(name, shards)
         block = max(8, CHUNK // max(1, len(columns)) // 8 * 8)
         parts = (chosen[of_row[:, None] + columns].view(-1) for of_row in rows.split(block))
         return packed_parts(len(rows) * len(columns), parts)

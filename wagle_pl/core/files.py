@@ -89,13 +89,9 @@ _MODEL_FILES = (
 def _others_entry(folder: Path) -> Optional[str]:
     """A file in a folder that this package did not write, since replacing the folder deletes it.
 
-    None if the folder is empty, or a model (with ``wagle.json``) or a checkpoint of this
-    package, and holds nothing else.
+    None if the folder is empty, or a model of this package (with ``wagle.json``) and nothing else.
     """
     names = sorted(path.name for path in folder.iterdir())
-    index = folder / "index.json"
-    if index.is_file() and b'"format": "wagle_pl.' in index.read_bytes()[:100]:
-        return None
     if "wagle.json" not in names:
         return names[0] if names else None
     if "test" in names and not (folder / "test" / "metrics.json").is_file():

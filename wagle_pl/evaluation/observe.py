@@ -355,17 +355,17 @@ def observe_set(
     observer: Observer,
     rows: Sequence[Example],
     needs: Collection[str],
-    max_new_tokens: Optional[int] = None,
-    header: str = "",
-    stops: Sequence[str] = (),
+    **asked: Any,
 ) -> list[Record]:
-    """Records of all rows of a set with their numbers; the ranks share them. Collective."""
+    """Records of all rows of a set with their numbers; the ranks share them. Collective.
+
+    ``asked`` are other arguments of :meth:`Observer.observe`.
+    """
     lengths = [len(row.question) + len(row.answer) for row in rows]
     batches = token_batches(lengths, observer.max_rows)
     records: list[Record] = []
     # ranks may see some rows twice, so that all have the same number of batches
     for batch in deal_batches(batches, distributed.world_size(), distributed.rank()):
-        part = [rows[i] for i in batch]
-        observed = observer.observe(part, needs, max_new_tokens, header, stops=stops)
+        observed = observer.observe([rows[i] for i in batch], needs, **asked)
         records += [{"row": i, **record} for i, record in zip(batch, observed, strict=True)]
     return merge(records)

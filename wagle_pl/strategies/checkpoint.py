@@ -10,7 +10,7 @@ A folder, written under another name and then renamed, so that it is complete or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -43,9 +43,7 @@ class Piece(NamedTuple):
     key: str  # what they are: ``weight``, ``state/<key of the optimiser>`` or ``sum/<name>``
     name: str  # of the parameter
     start: int  # index of the first number in the flattened parameter
-    numel: int
-    dtype: torch.dtype
-    read: Callable[[], Tensor]  # returns them, (numel,), when they are to be written
+    values: Tensor  # a view of them, 1-D
 
 
 # -- what a rank holds -----------------------------------------------------------------------------
@@ -67,8 +65,7 @@ def of_optimizer(
             elif torch.is_tensor(value) or isinstance(value, (int, float)):
                 singles.setdefault(name, {})[key] = float(value)
         for key, tensor in tensors.items():
-            read = partial(fragment.of, tensor)
-            pieces.append(Piece(key, *fragment[:3], tensor.dtype, read))
+            pieces.append(Piece(key, name, fragment.start, fragment.of(tensor)))
     return pieces, singles
 
 
@@ -78,8 +75,7 @@ def of_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Piece]
         if not parameter.requires_grad:
             start, share = share_of(parameter)
             if len(share):
-                read = partial(share.narrow, 0, 0, len(share))
-                yield Piece(WEIGHT, name, start, len(share), share.dtype, read)
+                yield Piece(WEIGHT, name, start, share)
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -102,7 +98,7 @@ def save(
         WagleError: if a rank cannot write its shard; no checkpoint appears then.
     """
     pieces, sizes = list(pieces), dict[tuple[str, torch.dtype], int]()
-    spans = [(f"{p.key}/{p.name}", p.dtype, p.start + p.numel) for p in pieces]
+    spans = [(f"{p.key}/{p.name}", p.values.dtype, p.start + len(p.values)) for p in pieces]
     for name, dtype, end in distributed.all_gather(spans):
         sizes[name, dtype] = max(end, sizes.get((name, dtype), 0))
     tensors = [(*key, (size,)) for key, size in sizes.items()]
@@ -116,7 +112,7 @@ def save(
 
     try:
         with distributed.shared_output(path, create) as folder:
-            parts = ((f"{p.key}/{p.name}", p.start, p.read()) for p in pieces)
+            parts = ((f"{p.key}/{p.name}", p.start, p.values) for p in pieces)
             fill(folder / TENSORS_FILE, parts)
     except OSError as error:
         raise WagleError(f"checkpoint {path} cannot be written: {error}") from None
@@ -163,10 +159,10 @@ def check_optimizer(stored: Sequence[Mapping[str, Any]], optimizer: Optimizer, w
             "resume with the run's own --optimizer"
         )
     for group, options in zip(groups, stored, strict=True):
-        own = {key: value for key, value in group.items() if key != "params"}
-        check(options, schema_of(own), f"{where}: param_groups")
-        for key in own.keys() & {"amsgrad", "centered", "maximize", "nesterov"}:
-            if options[key] != own[key]:
+        ours = {key: value for key, value in group.items() if key != "params"}
+        check(options, schema_of(ours), f"{where}: param_groups")
+        for key in ours.keys() & {"amsgrad", "centered", "maximize", "nesterov"}:
+            if options[key] != ours[key]:
                 raise WagleError(
                     f"{where} is of a run with optimizer.{key} {options[key]}: resume with it"
                 )
@@ -199,15 +195,15 @@ class ShardedCheckpoint:
         common = load_plain(self.path / COMMON_FILE, f"checkpoint {self.path}")
         return check(common, Common, f"checkpoint {self.path}")
 
-    def read(self, key: str, name: str, start: int, numel: int) -> Tensor:
-        """(numel,) consecutive numbers."""
-        stored, end = f"{key}/{name}", start + numel
-        if end > self._sizes.get(stored, 0):
+    def read(self, key: str, name: str, start: int, stop: int) -> Tensor:
+        """Numbers start to stop of a flattened parameter."""
+        stored = f"{key}/{name}"
+        if stop > self._sizes.get(stored, 0):
             raise WagleError(
                 f"checkpoint {self.path} does not hold all of {key} of {name}: it is of another "
                 "model, or its run trained other parameters"
             )
-        return self._tensors.get_slice(stored)[start:end]
+        return self._tensors.get_slice(stored)[start:stop]
 
     def weight(self, name: str) -> Tensor:
         return self.read(WEIGHT, name, 0, prod(self.shapes[name])).view(self.shapes[name])
@@ -217,18 +213,15 @@ class ShardedCheckpoint:
         parameters = list(parameters)
         shapes = shapes_of(parameters)
         for name in [*shapes, *self.shapes]:
-            here, there = shapes.get(name, ()), self.shapes.get(name, ())
+            here, stored = shapes.get(name, ()), self.shapes.get(name, ())
             # values of whole rows are a matrix, and a vector under ZeRO-3
-            if here != there and (min(len(here), len(there)) != 1 or prod(here) != prod(there)):
+            if here != stored and (min(len(here), len(stored)) != 1 or prod(here) != prod(stored)):
                 raise WagleError(
                     f"checkpoint {self.path} is of another model: {name} has shape "
                     f"{self.shapes.get(name)} there, {shapes.get(name)} here"
                 )
         for name, parameter in parameters:
-            assign(parameter, partial(self._between, name))
-
-    def _between(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(WEIGHT, name, start, stop - start)
+            assign(parameter, partial(self.read, WEIGHT, name))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, held: Iterable[Fragment]) -> None:
         """Set the fp32 weights and the state in this rank's flat partitions, and the options."""
@@ -240,10 +233,11 @@ class ShardedCheckpoint:
         fused = any(group.get("fused") or group.get("capturable") for group in groups)
         for fragment in held:
             flat, state = fragment.flat, optimizer.state[fragment.flat]
-            fragment.of(flat.data).copy_(self.read(WEIGHT, *fragment[:3]))
+            place = (fragment.name, fragment.start, fragment.start + fragment.numel)
+            fragment.of(flat.data).copy_(self.read(WEIGHT, *place))
             for stored, names in self.pieces.items():
                 if stored.startswith("state/") and fragment.name in names:
-                    values, key = self.read(stored, *fragment[:3]), stored.removeprefix("state/")
+                    values, key = self.read(stored, *place), stored.removeprefix("state/")
                     if key not in state:
                         state[key] = torch.zeros(len(flat), dtype=values.dtype, device=flat.device)
                     fragment.of(state[key]).copy_(values)
