@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from wagle_pl.evaluation.results import load_table
-from wagle_pl.lab.study.numbers import mean_std
 from wagle_pl.lab.study.recovery import at_the_level, tables
-from wagle_pl.lab.study.summary import Compared, summarise
+from wagle_pl.lab.study.summary import Compared, mean_std, summarise
 from wagle_pl.lab.study.text import by_objective, shown
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,9 +14,8 @@ from scipy.stats import ttest_rel
 
 from wagle_pl.core.text import markdown_table
 from wagle_pl.evaluation.results import load_table
-from wagle_pl.lab.study.numbers import mean_std
 from wagle_pl.lab.study.plants import overview, summarise
-from wagle_pl.lab.study.summary import compared_at
+from wagle_pl.lab.study.summary import compared_at, mean_std
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MASKS = ("curvature^1 0.2", "dense", "wagle 0.2", "random 0.2", "lora")

@@ -20,12 +20,11 @@ from pages import Strict, figures, section
 from wagle_pl import WagleError
 from wagle_pl.evaluation.results import load_table, write_json
 from wagle_pl.lab.study import recovery
-from wagle_pl.lab.study.numbers import mean_std
 from wagle_pl.lab.study.recovery import HALF
 from wagle_pl.lab.study.report.curves import panels, study_overview
 from wagle_pl.lab.study.report.figures import image
 from wagle_pl.lab.study.report.studies import mean_curves
-from wagle_pl.lab.study.summary import AT_END, compared_at
+from wagle_pl.lab.study.summary import AT_END, compared_at, mean_std
 from wagle_pl.lab.study.text import about, by_objective, shown
 from wagle_pl.masks import WeightMask
 

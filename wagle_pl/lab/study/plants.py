@@ -35,7 +35,6 @@ from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Options
 from wagle_pl.lab.study import grid
-from wagle_pl.lab.study.numbers import decimals, mean_std
 from wagle_pl.lab.study.places import KINDS, plant_mask
 from wagle_pl.lab.study.references import rows_of
 from wagle_pl.lab.study.report.curves import plants_overview
@@ -49,7 +48,7 @@ from wagle_pl.lab.study.runs import (
     make_trainer,
     say,
 )
-from wagle_pl.lab.study.summary import Row, paired, spread
+from wagle_pl.lab.study.summary import Row, decimals, mean_std, paired, spread
 from wagle_pl.lab.study.text import chance, duration, signed
 from wagle_pl.lm import models
 from wagle_pl.masks import WeightMask

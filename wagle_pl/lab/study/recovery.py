@@ -15,12 +15,13 @@ import pandas as pd
 from wagle_pl.evaluation.attacks.attack import PREFIX
 from wagle_pl.evaluation.attacks.weights import STEP
 from wagle_pl.evaluation.results import BETTER, WORSE
-from wagle_pl.lab.study.numbers import decimals, mean_std
 from wagle_pl.lab.study.summary import (
     NEVER,
     Compared,
     Row,
     arms_of,
+    decimals,
+    mean_std,
     paired,
     spread,
     utility_at,

@@ -26,7 +26,6 @@ from wagle_pl.evaluation.attacks.attack import PREFIX, find_attacks
 from wagle_pl.evaluation.records import defined_only
 from wagle_pl.evaluation.results import write_json
 from wagle_pl.lab.study import SUMMARY_FILE, grid, text
-from wagle_pl.lab.study.numbers import decimals
 from wagle_pl.lab.study.recovery import at_the_level
 from wagle_pl.lab.study.references import References, attacks_of, rows_of
 from wagle_pl.lab.study.report.studies import save_curves
@@ -43,7 +42,7 @@ from wagle_pl.lab.study.runs import (
     make_trainer,
     say,
 )
-from wagle_pl.lab.study.summary import Compared, summarise
+from wagle_pl.lab.study.summary import Compared, decimals, summarise
 from wagle_pl.lm import models
 from wagle_pl.masks import SUFFIX, WeightMask
 from wagle_pl.unlearning import UnlearnModule

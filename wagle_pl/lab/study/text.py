@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple, Optional
 
 from wagle_pl.core.text import count, markdown_table
 from wagle_pl.lab.study import recovery
-from wagle_pl.lab.study.numbers import decimals, mean_std
-from wagle_pl.lab.study.summary import AT_END, UNRESOLVED
+from wagle_pl.lab.study.summary import AT_END, UNRESOLVED, decimals, mean_std
 
 Arm = Mapping[str, Any]  # one of a summary's ``headline``
 Summary = Mapping[str, Any]  # content of ``study.json``
