@@ -133,14 +133,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def loading(what: str, name: str, how: str = "loaded") -> Iterator[None]:
+def loading(what: str, name: str) -> Iterator[None]:
     """Say in one line why a model's files cannot be read, whatever a library raises."""
     try:
         yield
     except (WagleError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        raise WagleError(f"{what} cannot be {how}: {_why_not(name, error)}") from error
+        raise WagleError(f"{what} cannot be loaded: {_why_not(name, error)}") from error
 
 
 def _why_not(name: str, error: Exception) -> str:

@@ -46,7 +46,6 @@ class Suite:
 
     >>> class Length(Suite):
     ...     sets = {"forget": SuiteSet(needs={"generation"})}
-    ...     infos = {"forget/words": Info("words", "lower", "length of the answers")}
     ...
     ...     def measures(self, seen):
     ...         words = [len(record["generation"].split()) for record in seen.table("forget")]
@@ -59,8 +58,6 @@ class Suite:
     sets: ClassVar[Mapping[str, SuiteSet]] = {}
     #: Registered measures of all test sets together, listed before those of each.
     overall: ClassVar[Sequence[str]] = ()
-    #: Measure -> its description. Others are looked up by the name after the last slash.
-    infos: ClassVar[Mapping[str, Info]] = {}
     #: Beginnings of the names of test sets whose rows are to be forgotten: knowing them is bad.
     forget_sets: ClassVar[tuple[str, ...]] = (
         *("forget", "members", "verbmem_forget", "knowmem_forget", "wmdp_"),
@@ -99,8 +96,8 @@ class Suite:
         return name.startswith(self.forget_sets)
 
     def info(self, measure: str) -> Info:
-        if measure in self.infos:
-            return self.infos[measure]
+        """Unit, direction and meaning of a measure, if it is registered by its name or by that after
+        the last slash."""
         if measure in MEASURES:
             return MEASURES[measure].info(forget=False)
         name, _, short = measure.rpartition("/")
