@@ -38,7 +38,7 @@ settings.load_profile("wagle")
 #: Files of ``tests/unit`` whose tests make a Trainer.
 WITH_A_TRAINER = {
     *("test_api.py", "test_ending.py", "test_frozen.py", "test_internals.py", "test_reuse.py"),
-    *("test_device.py", "test_metrics.py", "test_plan_counted.py"),
+    *("test_device.py", "test_floor.py", "test_metrics.py", "test_plan_counted.py"),
     *("test_step.py", "test_step_rules.py"),
 }
 #: Fixtures that run commands.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.registry import describe, resolve
 from wagle_pl.core.schema import check_arguments
 from wagle_pl.core.weights import evaluating
+from wagle_pl.lm.models import checkpoint_dtype
+from wagle_pl.lm.quantised import check_form
 from wagle_pl.lm.resume import random_state, set_random_state
 from wagle_pl.objectives import Objective, Streams
 from wagle_pl.objectives.objective import TERMS
@@ -24,6 +26,7 @@ from wagle_pl.objectives.streams import References
 from wagle_pl.unlearning.adapters import LoRA
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.finetune import Batch, FinetuneModule
+from wagle_pl.unlearning.floor import StepFloor
 from wagle_pl.unlearning.step_rules import Gradients, Loss, Step, StepRule
 from wagle_pl.unlearning.terms import TermGradients, add
 
@@ -47,6 +50,9 @@ class UnlearnModule(FinetuneModule):
             the objective, with more passes per step or with parts of it; one device only.
         adapter: ``LoRA`` trains low-rank adapters instead of the weights; not with mask, modules or
             layers.
+        floor: number of bits or quantised form, see ``Quantise``: after training, each selected
+            weight of the blocks' linear layers is in another bin of it or returns to θ₀, so that
+            rounding undoes no step (:func:`wagle_pl.unlearning.floor.floored`); one device only.
     """
 
     task = "unlearning"
@@ -59,6 +65,7 @@ class UnlearnModule(FinetuneModule):
         objective: Union[Objective, str] = "npo",
         step_rule: Optional[Union[StepRule, str]] = None,
         adapter: Optional[Union[LoRA, str]] = None,
+        floor: Optional[Union[int, Literal["nf4", "q8_0", "q4_0"]]] = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(UnlearnModule.__init__, locals(), "model.")
@@ -74,11 +81,16 @@ class UnlearnModule(FinetuneModule):
                 "an adapter leaves every weight of the model alone, so no mask, modules or layers "
                 "apply: give --model.adapter or those, not both"
             )
+        self.floor = floor
+        if floor is not None:
+            check_form(floor, "model.floor")
         if self.adapter is None:
             self.restriction = self.restriction._replace(matching=self.objective.trainable)
         self._batches: list[Batch] = []
         self._terms: Optional[TermGradients] = None  # while the weights are selected
         self._references = References()
+        self._floor: Optional[StepFloor] = None  # while the weights are selected
+        self._floored: dict[str, int] = {}
 
     # -- what may move -----------------------------------------------------------------------------
 
@@ -92,6 +104,8 @@ class UnlearnModule(FinetuneModule):
                     "use it on one device, with precision 32-true, bf16-mixed or bf16-true, and "
                     "--model.clip_scope selected"
                 )
+        if self.fits and self.floor is not None and (not self.alone or self.adapter is not None):
+            raise WagleError("works on one device, without an adapter", option="model.floor")
         penalized = type(self.objective).penalty is not Objective.penalty
         for needs, what in (
             (self.adapter is not None, "an adapter"),
@@ -119,7 +133,10 @@ class UnlearnModule(FinetuneModule):
         """Make the selected weights the parameters, and keep θ₀ if a term needs it."""
         if self.objective.needs_theta0 and self.sharded:
             raise WagleError("a frozen copy of θ₀ does not work under ZeRO-3; use another stage")
-        super().select_weights(keep_theta0=self.objective.needs_theta0, **options)
+        if self.floor is not None:
+            self._floor = StepFloor(self.lm, self.floor)
+        keep = self.objective.needs_theta0 or self.floor is not None
+        super().select_weights(keep_theta0=keep, **options)
         self._terms = TermGradients(self.selected, apart=self.step_rule is not None)
 
     def release(self, dtype: Optional[torch.dtype] = None) -> None:
@@ -287,6 +304,26 @@ class UnlearnModule(FinetuneModule):
 
     # -- the result --------------------------------------------------------------------------------
 
+    def on_train_end(self) -> None:
+        """Apply the step floor; then check the guarantee and write the model folder."""
+        if self.floor is not None and not self.trainer.fast_dev_run:
+            dtype = self.output_dtype or checkpoint_dtype(self.model_name) or torch.float32
+            self._floored = self._floor.apply(self.selected, self._gradient(), dtype)
+        super().on_train_end()
+
+    def _gradient(self) -> Gradients:
+        """The gradient of the objective over an epoch's batches, in evaluation mode."""
+        self.selected.take_gradients()
+        with evaluating(self.lm), torch.enable_grad():
+            for batch in self.trainer.train_dataloader:
+                batch = self._on_before_batch_transfer(batch)
+                batch = self.trainer.strategy.batch_to_device(batch)
+                self._terms.begin()
+                with self.trainer.precision_plugin.forward_context():
+                    loss = self.losses(self.streams_of(batch))["loss"]
+                self.backward(loss)
+        return dict(self.selected.gradients())
+
     def export(self, record: dict[str, Any]) -> None:
         """Write the model folder, or that of the adapter."""
         if self.adapter is not None and not self.adapter.merge:
@@ -303,4 +340,6 @@ class UnlearnModule(FinetuneModule):
         }
         if self.step_rule is not None:
             record["lineage"][-1]["step_rule"] = describe(self.step_rule)
+        if self.floor is not None:
+            record["lineage"][-1]["floor"] = {"form": self.floor, **self._floored}
         return record
