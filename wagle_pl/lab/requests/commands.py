@@ -127,7 +127,8 @@ def run(
     print(f"model written to {target}" if entry["model"] else f"no model was written{why}")
     for name in entry["reopened"]:
         print(f"request {name} came back, and was forgotten with the others")
-    _exit_unless(all(tests[name]["outcome"] == "forgotten" for name in opened))
+    if not all(tests[name]["outcome"] == "forgotten" for name in opened):
+        raise SystemExit(EXIT_NOT_FORGOTTEN)
 
 
 def verify(
@@ -174,7 +175,8 @@ def verify(
         about = {"model": noted.place(name), "digest": digest, "bits": bits, "adopted": adopt}
         _append(folder, "verified", date, **about, requests=tests)
     _print_tests(tests)
-    _exit_unless(all(tested["outcome"] != "known" for tested in tests.values()))
+    if any(tested["outcome"] == "known" for tested in tests.values()):
+        raise SystemExit(EXIT_NOT_FORGOTTEN)
 
 
 def revert(
@@ -339,8 +341,3 @@ def _print_tests(tests: Mapping[str, Tested]) -> None:
 
 def _number(value: Optional[float]) -> str:
     return "–" if value is None else short_number(value)
-
-
-def _exit_unless(forgotten: bool) -> None:
-    if not forgotten:
-        raise SystemExit(EXIT_NOT_FORGOTTEN)

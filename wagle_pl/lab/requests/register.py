@@ -190,9 +190,8 @@ class Register:
         register = cls(folder)
         if not folder.is_dir():
             raise absent("register", folder)
-        head: Optional[Head] = None
-        if (file := folder / HEAD_FILE).exists():
-            head = read_json(file, Head)  # first: an entry may be appended meanwhile
+        file = folder / HEAD_FILE  # read first: an entry may be appended meanwhile
+        head: Optional[Head] = read_json(file, Head) if file.exists() else None
         register.text = read_text(register.path, "register")
         for number, line in enumerate(register.text.splitlines(), 1):
             register._follow(parse_json(line, str(register.path), Entry, line=number), number)
