@@ -334,6 +334,9 @@ def test_what_may_be_replaced(tmp_path):
         "tested": {"wagle.json": "{}", "test/metrics.json": "{}"},
         "thesis": {"wagle.json": "{}", "thesis.txt": ""},
         "test of": {"wagle.json": "{}", "test/thesis.txt": ""},
+        "test and": {"wagle.json": "{}", "test/metrics.json": "{}", "test/thesis.txt": ""},
+        "file": {"wagle.json": "{}", "test": "mine"},
+        "killed": {"wagle.json": "{}", ".test.lock": "", "test/forget.parquet": ""},
         "ranks": {"index.json": '{"format": "wagle_pl.checkpoint"}'},
         "site": {"index.json": '{"pages": []}', "config.json": "{}"},
         "list": {"index.json": "[1]"},
@@ -351,7 +354,7 @@ def test_what_may_be_replaced(tmp_path):
         with suppress(WagleError):
             refuse_existing(tmp_path / name, True, kind="folder")
             replaced.add(name)
-    assert replaced == {"empty", "ours", "adapter", "tested"}
+    assert replaced == {"empty", "ours", "adapter", "tested", "killed"}
     refuse_existing(tmp_path / "masks", True, kind="files")  # others stay as they are
     with pytest.raises(WagleError, match=r"is a file, and a folder is to be written"):
         refuse_existing(tmp_path / "runs/target/wagle.json", True, kind="folder")

@@ -78,11 +78,13 @@ def check_writable(path: Path, kind: str = "folder", what: str = "output") -> No
         raise WagleError(f"{what} {shown} cannot be written ({reason}): choose another") from None
 
 
-#: Files of a model folder.
+#: Files of a model folder, and of a test in it.
 _MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "chat_template*", "adapter_config.json", "wagle.json", "README.md", "test"),
+    *("*.model", "chat_template*", "adapter_config.json", "wagle.json", "README.md", "test/"),
+    *("test/*.parquet", "test/metrics*.json", "test/tofu_result.json", "test/robustness.json"),
+    *("test/*_EVAL.json", "test/*_SUMMARY.json", ".test.lock", "test/.wagle-*"),
 )
 
 
@@ -91,11 +93,10 @@ def _others_entry(folder: Path) -> Optional[str]:
 
     None if the folder is empty, or a model of this package (with ``wagle.json``) and nothing else.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     if "wagle.json" not in names:
         return names[0] if names else None
-    if "test" in names and not (folder / "test" / "metrics.json").is_file():
-        return "test"
+    names += [f"test/{path.name}" for path in folder.glob("test/*")]  # one may have been killed
     return next((n for n in names if not any(fnmatch(n, p) for p in _MODEL_FILES)), None)
 
 
