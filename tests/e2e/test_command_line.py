@@ -368,10 +368,15 @@ def test_own_rows_have_a_configuration_that_leaves_nothing_undefined(
 
 
 def test_files_of_the_current_folder_shadow_no_library(tmp_path: Path) -> None:
-    """Files that happen to be called like a library are not imported in its place; the user's own modules are found."""
-    for name in ("yaml", "torch", "lightning", "datasets", "random", "jsonargparse"):
+    """Files that happen to be called like a library, installed or not, are not imported in its place; the user's own
+    modules are found, and what these import."""
+    libraries = ("yaml", "torch", "lightning", "datasets", "random", "jsonargparse")
+    for name in (*libraries, "torch_xla", "torchvision", "wandb"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
-    mine = "from wagle_pl import Objective\n\nclass Mine(Objective):\n    'One of my own.'\n"
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/base.py").write_text("from wagle_pl import Objective\n")
+    mine = "from parts.base import Objective\n\nclass Mine(Objective):\n    'One of my own.'\n"
     (tmp_path / "mine.py").write_text(mine)
     options = "--model UnlearnModule --model.objective mine.Mine --model.model x --data ForgetRetainDataModule"
     command = [sys.executable, "-m", "wagle_pl", "fit", *options.split(), "--print_config"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import select
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Optional, TextIO
@@ -65,6 +67,22 @@ COMMANDS = {
 LABORATORY = ("matplotlib", "pandas")
 
 
+class CurrentFolder:
+    """Finds modules of the current folder, after all libraries and not for them: what a library looks
+    for and does not find is optional, whatever a folder here is called."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
+        frame = sys._getframe(1)
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith("importlib"):
+            frame = frame.f_back
+        asks = frame.f_globals.get("__name__", "").partition(".")[0]
+        in_library = frame.f_code.co_filename.startswith(sysconfig.get_path("purelib"))
+        if path is not None or (in_library and asks not in ("jsonargparse", "wagle_pl")):
+            return None
+        return PathFinder.find_spec(name, [""])
+
+
 def main(args: Optional[Sequence[str]] = None, cli: Optional[type[LightningCLI]] = None) -> None:
     """Run a command, with the arguments of the process when ``args`` is None.
 
@@ -93,8 +111,8 @@ def _main(args: list[str], cli: Optional[type[LightningCLI]]) -> None:
     _answer_at_once(args)
     outer = stopping.install(dict.fromkeys(stopping.SIGNALS, stopping.exit_at_once))
     quiet()
-    if "" not in sys.path:
-        sys.path.append("")  # the current folder, after all libraries
+    if CurrentFolder not in sys.meta_path:
+        sys.meta_path.append(CurrentFolder)
     argv = sys.argv
     # by which Lightning starts other ranks
     sys.argv = [str(Path(__file__).parents[1] / "__main__.py"), *args]
