@@ -15,6 +15,8 @@ import yaml
 from pages import EVIL, figures, numbers, records, section, step, write_run
 
 from wagle_pl import WagleError
+from wagle_pl.api.rows import row_digest
+from wagle_pl.data.example import Example
 from wagle_pl.evaluation.results import arrow, write_json
 from wagle_pl.evaluation.suites import TOFUSuite
 from wagle_pl.evaluation.tofu_result import to_result
@@ -115,6 +117,17 @@ def test_answers_stand_side_by_side(runs, report):
     assert [text.text for _, text in boxes] == ["It is secret 2."] * 2 + ["It is secret gone."] * 3
     scores = [float(next(label.all("data")).attributes["value"]) for label, _ in boxes[1:]]
     assert scores == [known / 3 for known in (0.9, 0.2, 0.05, 0.1)]
+
+
+def test_a_redacted_page_has_digests_and_no_text_of_rows(runs, report):
+    root, _ = report("masked", "dense", "retrained", redact=True)
+    page = Path("out.html").read_text()
+    texts = [r[key] for r in records("secret", 0.9) for key in ("question", "answer", "generation")]
+    assert not [text for text in (*texts, "secret", "alert(1)") if text in page]
+    salt = "fingerprint of target"
+    digest = row_digest(Example.of({"question": "secret 0?", "answer": "It is secret 0."}), salt)
+    headings = [node.text for node in section(root, "answers").all("h4")]
+    assert len(headings) == 12 and digest in headings and "ROUGE-L" in page
 
 
 def test_texts_are_escaped(runs, report):

@@ -80,27 +80,37 @@ class Forgotten:
         save_model(self.model, self.tokenizer, str(folder), card, self.record, originals)
         return folder
 
-    def report(self, path: Union[str, Path], overwrite: bool = False) -> Path:
-        """Write an HTML page: the verdict, the measures, and what the model answers."""
+    def report(self, path: Union[str, Path], overwrite: bool = False, redact: bool = False) -> Path:
+        """Write an HTML page: the verdict, the measures, and what the model answers.
+
+        Args:
+            redact: show digests of rows, as the record has them, and no text.
+        """
         check(path, Union[str, Path], "path")
         refuse_existing(Path(path), overwrite, "overwrite=True")
         title = f"Unlearning of {self._base or self.model.config.name_or_path or 'a loaded model'}"
-        write_text(Path(path), html.page(title, self._sections()))
+        write_text(Path(path), html.page(title, self._sections(redact)))
         return Path(path)
 
-    def _sections(self) -> Iterator[Markup]:
+    def _sections(self, redact: bool) -> Iterator[Markup]:
         """What the page shows."""
         rows = [[n.replace("_", " "), value, self.after[n]] for n, value in self.before.items()]
+        # without a step, the verdict quotes a row, and there is no record
+        verdict = self.verdict if self.steps or not redact else self.outcome
         told = f"{self.steps} steps"
         if self.mask:
             told += f"; {self.mask.density:.3g} of the weights could move"
         yield html.element(
             "section",
             html.element("h2", "Result"),
-            html.element("p", f"{self.verdict[:1].upper()}{self.verdict[1:]}."),
+            html.element("p", f"{verdict[:1].upper()}{verdict[1:]}."),
             html.table(["measure", "before", "after"], rows),
             html.note(f"{told}."),
         )
+        if redact:
+            digests = self.record["lineage"][-1]["request"]["row_digests"] if self.steps else []
+            yield html.element("ul", *(html.element("li", digest) for digest in digests))
+            return
         labels = ("to forget", "before", "after")
         exchanges = (
             html.exchange(

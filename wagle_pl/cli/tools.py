@@ -30,6 +30,7 @@ def forget_rows(
     seed: int = 0,
     patch: Optional[str] = None,
     report: Optional[str] = None,
+    redact: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Make a model forget rows, until they are no more probable than rows it has never seen.
@@ -56,6 +57,7 @@ def forget_rows(
         seed: random seed.
         patch: also write the change from the original model to this file.
         report: also write an HTML page of the result to this file.
+        redact: show digests of rows on that page, and no text.
     """
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     for path in filter(None, (patch, report)):
@@ -68,7 +70,7 @@ def forget_rows(
         if patch is not None:
             print(f"patch written to {result.patch(patch, overwrite)}")
         if report is not None:
-            print(f"report written to {result.report(report, overwrite)}")
+            print(f"report written to {result.report(report, overwrite, redact)}")
     if result.outcome != "forgotten":
         raise SystemExit(EXIT_NOT_FORGOTTEN)
 

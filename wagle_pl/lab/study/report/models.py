@@ -10,8 +10,10 @@ from typing import Any, Optional
 import yaml
 from markupsafe import Markup, escape
 
+from wagle_pl.api.rows import row_digest
 from wagle_pl.core.environment import versions
 from wagle_pl.core.html import cell, element, exchange, facts, note, number, table
+from wagle_pl.data.example import Example
 from wagle_pl.data.rows import spread
 from wagle_pl.evaluation.results import BETTER, SAME, WORSE, arrow
 from wagle_pl.lab.study.report.figures import heatmaps
@@ -131,12 +133,14 @@ def answers(sources: Sources) -> Blocks:
         for question in chosen:
             records = [(label, m.role, records_of[label].get(question)) for label, m in models]
             truths = (record.get("answer") for *_, record in records if record)
-            boxes = [
-                ("true answer", truth, "truth")
-                for truth in [next(filter(None, truths), "")]
-                if truth
-            ]
-            yield exchange(question, [*boxes, *(_answer(*entry) for entry in records)])
+            truth = next(filter(None, truths), "")
+            shown = [_answer(*entry) for entry in records]
+            if sources.redact:  # the digest is that of the record of the run that forgot the row
+                row = Example.of({"question": question, "answer": truth or "?"})
+                digest = row_digest(row, sources.models[0].last.get("base_fingerprint", ""))
+                yield exchange(digest, [(label, "–", role) for label, _, role in shown])
+            else:
+                yield exchange(question, [("true answer", truth, "truth")] * bool(truth) + shown)
 
 
 def _answer(label: str, role: str, record: Optional[Mapping[str, Any]]) -> tuple[str, str, str]:
@@ -225,11 +229,12 @@ def making(sources: Sources) -> Blocks:
             told = [
                 (key.replace("_", " "), value if isinstance(value, float) else options_text(value))
                 for key, value in run.items()
-                if key not in ("module", "config")
+                if key not in ("module", "config", "prompts" if sources.redact else "")
             ]
             config = yaml.safe_dump(run.get("config"), sort_keys=False).rstrip()
             title = element("summary", f"{i}. {run.get('module', 'run')}")
-            yield element("details", title, facts(told), element("pre", config))
+            options = [] if sources.redact else [element("pre", config)]
+            yield element("details", title, facts(told), *options)
         yield from (note(f"{model.name}: {text}.") for text in dict.fromkeys(model.notes))
     yield note(f"This report was made with {options_text(versions())}.")
 

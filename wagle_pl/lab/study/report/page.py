@@ -26,6 +26,7 @@ def report(
     forget_level: Optional[float] = None,
     examples: int = 6,
     title: Optional[str] = None,
+    redact: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write the results of runs or studies to one HTML file, without scripts or network access.
@@ -41,6 +42,8 @@ def report(
             the study's own.
         examples: number of questions per set whose answers are shown.
         title: title of the page.
+        redact: show digests of rows, and no text of them: no question, answer or generation, and
+            no options of the runs.
     """
     path = Path(output)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -59,6 +62,7 @@ def report(
             study.summary = summary.compared_at(study.summary, study.rows, forget_level)
         except WagleError as error:
             raise WagleError(f"study {study.folder}: {error}") from None
+    sources.redact = redact
     write_text(path, render(sources, title, examples))
     kinds = (sources.models, "run", None), (sources.studies, "study", "studies")
     shown = " and ".join(count(len(items), *words) for items, *words in kinds if items)

@@ -190,6 +190,7 @@ class Sources:
     left_out: list[tuple[str, str]] = field(default_factory=list)  # folder, and why
     notes: list[str] = field(default_factory=list)  # about target and retrained
     examples: int = 6  # questions per test set whose answers are shown
+    redact: bool = False  # show digests of rows in place of their text
 
     @property
     def everyone(self) -> list[ReportedModel]:
