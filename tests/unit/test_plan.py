@@ -178,7 +178,7 @@ def test_the_cache_is_what_a_generation_keeps(tiny_model):
 def test_values_gradients_and_state_are_what_is_kept(tiny_model, name, density, precision):
     """Of tensors of which a share is selected; the densities of 1 have no mask."""
     lm = load_model(tiny_model, torch.float32 if precision == "32-true" else torch.bfloat16)
-    run = PlannedRun(density=density, precision=precision, optimizer=name, frozen_copy=True)
+    run = PlannedRun(density=density, precision=precision, optimizer=name, objective="UNDIAL")
     parts = {part.name: part.bytes for part in device_parts(architecture(tiny_model), run)}
     bools = {}
     for n, p in lm.named_parameters():  # no whole rows or columns
@@ -329,7 +329,7 @@ def test_the_tables_of_the_readme_are_those_of_the_plan(seven):
                 for of in (None, GaussNewton)
             )
             on_gpu = " | ".join(f"{peak(shape, run)[1] / 2**30:.1f}" for run in (scalar, auto))
-            beside = (host_bytes(shape, auto), disk_bytes(auto, shape.weights).get("sums", 0))
+            beside = (host_bytes(shape, auto), disk_bytes(shape, auto).get("sums", 0))
             row = " | ".join([on_gpu, *(f"{size / 2**30:.0f}" for size in beside)])
             assert f"| {name} | `{sums}` | {row} |" in text
     for optimizer in ("MaskedAdamW", "AdamW8bit", "SGD"):

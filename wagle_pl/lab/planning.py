@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from math import prod
+from re import search
 from typing import Any, Literal, NamedTuple, Optional
 
 from wagle_pl.cli import LazyModule
@@ -25,6 +27,8 @@ from wagle_pl.core.text import fields, table
 
 hessians, summing = map(LazyModule, ("wagle_pl.attribution.hessian", "wagle_pl.attribution.sums"))
 inference, optim = map(LazyModule, ("wagle_pl.lm.inference", "wagle_pl.unlearning.optim"))
+objectives, registry = map(LazyModule, ("wagle_pl.objectives", "wagle_pl.core.registry"))
+names = LazyModule("wagle_pl.masks.names")
 
 GIB, FP32 = 1 << 30, 4
 BUCKET = 200_000_000  # most values in one of DeepSpeed's buckets (Lightning's default)
@@ -61,8 +65,7 @@ class Architecture(NamedTuple):
     hidden: int
     layers: int
     keys: int  # size of all key heads together
-    inner: int  # of the MLP
-    products: int  # numbers per token that a block keeps of its products of matrices
+    gated: bool  # whether the MLP has a gate, as in Llama; not in GPT-2
     vocabulary: int
     tied: bool  # one tensor is both embedding and output matrix
     stored: int  # bytes per weight on disk
@@ -75,6 +78,31 @@ class Architecture(NamedTuple):
     def weights(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def sides(self) -> list[int]:
+        """The longer side of each parameter that is a matrix of a block, else 0."""
+        items = self.shapes.items()
+        return [max(s) * (len(s) > 1 and names.layer_of(n) is not None) for n, s in items]
+
+    @property
+    def inner(self) -> int:  # of the MLP
+        return max(self.sides)
+
+    @property
+    def products(self) -> int:
+        """Numbers per token that a block keeps of its products of matrices."""
+        return sum(self.sides) // self.layers + self.gated * self.inner
+
+    def trained(self, objective: Any) -> tuple[float, float]:
+        """Share of the weights that an objective lets move, and how many blocks, from the first of
+        them on, a gradient passes."""
+        pattern, sides = objective.trainable or "", self.sides
+        moving = [bool(search(pattern, name)) for name in self.shapes]
+        if not any(moving):
+            raise WagleError(f"trains {pattern!r}, which this model lacks", option="objective")
+        share = sum(compress(self.sizes, moving)) / self.weights
+        return share, self.layers * sum(sides[moving.index(True) :]) / sum(sides)
+
 
 def architecture(name: str) -> Architecture:
     """The architecture of a model: a hub id, folder in Hugging Face format, or GGUF file."""
@@ -83,7 +111,6 @@ def architecture(name: str) -> Architecture:
 
     from wagle_pl.core.weights import parameter_shapes
     from wagle_pl.lm import models
-    from wagle_pl.masks.names import layer_of
 
     full = models.load_config(name)
     try:
@@ -95,21 +122,15 @@ def architecture(name: str) -> Architecture:
         raise WagleError(f"{name!r}: {what}: {reason}", option="model") from None
     config, shapes = full.get_text_config(), parameter_shapes(lm)
     embedding, output = lm.get_input_embeddings().weight, lm.get_output_embeddings()
-    of_blocks = {n: s for n, s in shapes.items() if layer_of(n) is not None}
-    layers = len({*map(layer_of, of_blocks)})
-    larger = [max(shape) for shape in of_blocks.values() if len(shape) > 1]
-    vocabulary, hidden = embedding.shape
     heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    gated = any("gate" in parameter for parameter in of_blocks)  # as in Llama; not in GPT-2
+    head = getattr(config, "head_dim", None) or embedding.shape[1] // heads
     return Architecture(
         shapes,
-        hidden,
-        layers,
+        hidden=embedding.shape[1],
+        layers=len({*map(names.layer_of, shapes)} - {None}),
         keys=(getattr(config, "num_key_value_heads", None) or heads) * head,
-        inner=max(larger),
-        products=sum(larger) // layers + gated * max(larger),
-        vocabulary=vocabulary,
+        gated=any("gate" in n for n in shapes if names.layer_of(n) is not None),
+        vocabulary=embedding.shape[0],
         tied=output is not None and output.weight is embedding,
         stored=(full.dtype if isinstance(full.dtype, torch.dtype) else torch.float32).itemsize,
     )
@@ -135,7 +156,7 @@ class PlannedRun:
         packing: run the rows of a batch as one.
         accumulate_grad_batches: micro-batches per step.
         gradient_checkpointing: recompute activations in the backward pass.
-        frozen_copy: whether the objective reads the model before unlearning (KL, UNDIAL).
+        objective: as model.objective; some read the model before unlearning, or train a part.
     """
 
     task: Literal["attribution", "unlearning", "finetuning", "test"] = "unlearning"
@@ -153,7 +174,7 @@ class PlannedRun:
     packing: bool = False
     accumulate_grad_batches: int = 1
     gradient_checkpointing: bool = False
-    frozen_copy: bool = False
+    objective: Any = "NPO"
 
     def __post_init__(self) -> None:
         check_arguments(PlannedRun.__init__, vars(self), "")
@@ -162,10 +183,12 @@ class PlannedRun:
         check_density(self.density)
         sums = summing.Sums.parse(self.sums)
         if self.task == "attribution":
-            run = (self.precision, self.stage, self.devices, self.estimator)
-            hessians.check_run(*run, sums)
-        if self.stage == 3 and self.frozen_copy:
-            raise WagleError("does not work under ZeRO-3; choose another", option="frozen_copy")
+            hessians.check_run(self.precision, self.stage, self.devices, self.estimator, sums)
+        kind = self.objective if self.task == "unlearning" else "NPO"  # which trains all
+        resolved = registry.resolve(objectives.Objective, kind, "objective")
+        object.__setattr__(self, "objective", resolved)
+        if self.stage == 3 and self.reads_theta0:
+            raise WagleError("does not work under ZeRO-3; choose another", option="objective")
 
     @property
     def stage(self) -> int:
@@ -186,8 +209,18 @@ class PlannedRun:
         return self.task == "unlearning" and self.density < 1
 
     @property
-    def moving(self) -> float:
-        return self.density if self.masked else 1.0
+    def reads_hidden(self) -> bool:
+        """Whether the terms read hidden states, and no predictions (RMU)."""
+        return self.objective.layer is not None
+
+    @property
+    def reads_theta0(self) -> bool:
+        return self.reads_hidden or self.objective.needs_theta0
+
+    def moving(self, model: Architecture) -> float:
+        """Number of weights that may move."""
+        share, _ = model.trained(self.objective)
+        return model.weights * share * (self.density if self.masked else 1.0)
 
     @property
     def streams(self) -> int:
@@ -221,9 +254,8 @@ def _attribution(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     tensor: in fp32, for the sum over ranks, or on its way to the host."""
     n, m, w, ranks = model.weights, max(model.sizes), run.width, run.devices
     host, passes = summing.Sums.parse(run.sums)
-    share = max(
-        sum(model.sizes[i] for i in group) for group in summing.runs_of(model.sizes, passes)
-    )
+    sizes = model.sizes
+    share = max(sum(sizes[i] for i in group) for group in summing.runs_of(sizes, passes))
     where = "host" if host else "device"
     yield Part("sums of gradients", sums_per_weight(run) * share / ranks, MOMENTS, where)
     copies: float = w * host + FP32 * (w < FP32 and (ranks > 1 or not host))
@@ -234,17 +266,15 @@ def _attribution(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     yield Part("buckets of DDP, unused", n * w * ddp)
     temporaries = run.estimator.temporaries if run.estimator else 0
     yield Part("tensors of the Hessian estimate", temporaries * n * w, (BACKWARD,))
-    yield Part("scores of one tensor", FP32 * (m + 6 * min(m, summing.BLOCK)), (STEP,))  # in blocks
 
 
 def _training(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     """Values, their places (under ZeRO-3 bits), gradients and optimiser state of the weights that
     move."""
-    n, w, gpu = model.weights, run.width, run.accelerator == "gpu"
-    s = n * run.moving
+    n, s, w, gpu = model.weights, run.moving(model), run.width, run.accelerator == "gpu"
     yield Part("mask bits", n / 8 / run.devices * (run.masked and run.stage == 3))
     yield Part("places of the values", FP32 * s * (run.masked and run.stage < 3))
-    yield Part("values at θ₀", w * s * run.frozen_copy)
+    yield Part("values at θ₀", w * s * run.reads_theta0)
     written = model.stored != w and run.stage < 3  # in another type than it is computed with
     yield Part("export", n * model.stored * written, (STEP,), "host")
     if run.stage:
@@ -269,7 +299,7 @@ def _zero(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     micro-batches stage 1 keeps whole gradients, stage 2 a rank's share.
     """
     n, m, w, ranks = model.weights, max(model.sizes), run.width, run.devices
-    s, sharded = n * run.moving, run.stage == 3
+    s, sharded = run.moving(model), run.stage == 3
     share, bucket, where = s / ranks, min(BUCKET, s), "host" if run.offload else "device"
     yield Part("fp32 values", FP32 * share, MOMENTS, where)
     yield Part("optimiser state", optim.STATE_BYTES[run.optimizer] * share, MOMENTS, where)
@@ -301,16 +331,20 @@ def _passes(model: Architecture, run: PlannedRun) -> Iterator[Part]:
     testing, joined = run.task == "test", tokens if run.packing else run.max_length
     again = run.gradient_checkpointing and not testing
     passes = summing.Sums.parse(run.sums).passes if run.task == "attribution" else 1
+    share, depth = model.trained(run.objective)
     seen = c * joined * (run.packing or run.batch_size > 1)
-    block = tokens * (block_bytes(model, w, c, 1 / passes) + seen)
+    block = tokens * (block_bytes(model, w, c, share / passes) + seen)
     kept = tokens * model.hidden * w if again else block
-    ends = tokens * model.hidden * (FP32 + w + c)  # of the last norm
-    blocks = 1 if testing else run.streams * model.layers
+    ends = tokens * model.hidden * (FP32 + share * (w + c))  # of the last norm
+    blocks = 1 if testing else run.streams * depth
     yield Part("activations", blocks * kept + run.streams * ends, GRAPH)
     gradients = max(w * max(model.sizes), 2 * c * tokens * model.inner) * (not testing)
     yield Part("backward pass of a block", block * again + gradients, (BACKWARD,))
-    numbers = run.streams * tokens * model.vocabulary
-    logits = min(numbers, inference.CHUNK) * ((9 if run.frozen_copy else 3) * FP32 + c * (c < FP32))
+    products = tokens * c * (4 * model.inner + 2.5 * model.hidden) * run.reads_hidden
+    yield Part("block of a pass at θ₀", products, (FORWARD,))
+    numbers = run.streams * tokens * model.vocabulary * (not run.reads_hidden)
+    copies = (9 if run.reads_theta0 else 3) * FP32 + c * (c < FP32)
+    logits = min(numbers, inference.CHUNK) * copies
     whole = 2 * numbers * c * (run.stage == 3 and not testing and numbers > inference.CHUNK)
     yield Part("logits", logits + whole, (FORWARD,))
     yield Part("cache of a generation", 2 * model.layers * model.keys * tokens * c * testing)
@@ -342,8 +376,8 @@ def at(parts: Iterable[Part], moment: str) -> float:
 
 def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
     """The moment at which a device needs the most memory, and how much."""
-    parts = device_parts(model, run)
-    return max(((moment, at(parts, moment)) for moment in MOMENTS), key=lambda pair: pair[1])
+    sizes = {moment: at(device_parts(model, run), moment) for moment in MOMENTS}
+    return max(sizes.items(), key=lambda pair: pair[1])
 
 
 def host_bytes(model: Architecture, run: PlannedRun) -> float:
@@ -354,16 +388,16 @@ def host_bytes(model: Architecture, run: PlannedRun) -> float:
     return CPU_OVERHEAD + max(loading, *(at(parts, moment) for moment in MOMENTS))
 
 
-def disk_bytes(run: PlannedRun, weights: int, stored: int = 0) -> dict[str, float]:
-    """File -> size; ``stored`` is the bytes per weight of the model that training writes."""
+def disk_bytes(model: Architecture, run: PlannedRun) -> dict[str, float]:
+    """File -> size."""
     if run.task == "test":
         return {}
     if run.task == "attribution":
-        files = {"mask": weights / 8, "checkpoint": FP32 * (2 + run.diagonal) * weights}
-        passes = summing.Sums.parse(run.sums).passes
-        return files | ({"sums": files["checkpoint"]} if passes > 1 else {})
-    kept = (FP32 + optim.STATE_BYTES[run.optimizer]) * weights * run.moving
-    return {"checkpoint": kept, "model": weights * stored}
+        sums = FP32 * (2 + run.diagonal) * model.weights
+        files = {"mask": model.weights / 8, "checkpoint": sums}
+        return files | ({"sums": sums} if run.sums.startswith("passes") else {})
+    kept = (FP32 + optim.STATE_BYTES[run.optimizer]) * run.moving(model)
+    return {"checkpoint": kept, "model": model.weights * model.stored}
 
 
 def choices(
@@ -371,7 +405,7 @@ def choices(
 ) -> Iterator[tuple[str, list[PlannedRun]]]:
     """(strategy, the run under it on each number of devices) for every strategy that works."""
     sharded = ["zero3", "zero3_offload"] if run.accelerator == "gpu" else ["zero3"]
-    if run.frozen_copy or (run.estimator is not None and not run.estimator.shardable):
+    if run.reads_theta0 or (run.estimator is not None and not run.estimator.shardable):
         sharded = []
     other = replace(run, sums="device" if run.sums.startswith("passes") else run.sums)
     for name in ["ddp", "zero1", "zero2", *sharded]:
@@ -387,19 +421,17 @@ def plan(*, model: str, hessian: str = "auto", **options: Any) -> None:
             or a class path.
         **options: the run, see :class:`PlannedRun`.
     """
-    attributes = options.get("task") == "attribution"
-    estimator = hessians.estimator_of(hessian) if attributes else None
+    estimator = hessians.estimator_of(hessian) if options.get("task") == "attribution" else None
     diagonal = estimator is not None and hessian != "auto"
     run = PlannedRun(estimator=estimator, diagonal=diagonal, **options)
     shape = architecture(model)
     moment, size = peak(shape, run)
     unit = f"GiB per {'GPU' if run.accelerator == 'gpu' else 'process'}"
-    files = disk_bytes(run, shape.weights, shape.stored).items()
+    files = disk_bytes(shape, run).items()
     weights = f"{shape.weights:,} weights, {max(shape.sizes):,} in the largest tensor"
     about = {
         "model": f"{model}: {weights}",
         "run": f"{run.task}, {run.strategy} on {run.devices} x {run.accelerator}, {run.precision}",
-        "rows": f"{run.batch_size} x {run.max_length} tokens per stream",
         "peak": f"{_gib(size)} GiB, moment: {moment}",
         "disk": ", ".join(f"{name} {_gib(size)} GiB" for name, size in files) or "tables only",
     }
