@@ -315,7 +315,8 @@ def _write_difference(
         width = before.itemsize
         step = (right - left).view(f"<i{width}")
         folded = (step << 1) ^ (step >> 8 * width - 1)
-        where = _deflate(np.packbits(changed, bitorder="little").tobytes())
+        bits = np.packbits(changed, bitorder="little").tobytes()
+        where = min(_deflate(bits), zlib.compress(bits), key=len)  # the latter for whole columns
         planes = _deflate(folded.view(np.uint8).reshape(-1, width).T.tobytes())
         stream.write(_LENGTHS.pack(len(where), len(planes)) + where + planes)
     layout = {"dtype": old.dtype(name), "shape": list(old.shape(name)), "changed": count}
