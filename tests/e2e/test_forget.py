@@ -64,6 +64,8 @@ def test_rows_that_were_never_known_end_in_3_and_write_nothing(
     [
         ("ROWS -o taken", "taken"),
         ("no-rows.jsonl -o x", "no-rows.jsonl"),
+        ("ROWS -o MODEL --overwrite", "is the model before unlearning"),
+        ("ROWS -o x --overwrite --patch ROWS", "a file of another kind, which would be lost"),
         ("ROWS -o x --density 1.5", "must be in (0, 1], got 1.5"),
     ],
 )
@@ -72,5 +74,6 @@ def test_a_mistake_of_forget_is_one_line(
 ) -> None:
     Path("taken").mkdir()
     Path("taken/file").write_text("mine")
-    forget = f"forget {tiny_model} {options.replace('ROWS', rows['forget'])}"
+    options = options.replace("ROWS", rows["forget"]).replace("MODEL", tiny_model)
+    forget = f"forget {tiny_model} {options}"
     assert said in fails(forget, data=False)

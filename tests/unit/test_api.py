@@ -237,6 +237,14 @@ def test_save_replaces_only_what_it_wrote(knowing: str, tmp_path: Path) -> None:
     (saved / "notes.txt").unlink()
     assert same_bits(result.save(saved, overwrite=True), saved)
     assert (mine / "thesis.tex").read_text() == "years of work"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(FORGET[0]))
+    for write in (result.patch, result.report):
+        with pytest.raises(WagleError, match="a file of another kind, which would be lost"):
+            write(rows, overwrite=True)
+    assert json.loads(rows.read_text()) == FORGET[0]
+    page = result.report(tmp_path / "page.html")
+    assert result.report(page, overwrite=True) == page
     weights = Path(base) / "model.safetensors"
     shutil.copy(saved / "model.safetensors", weights)  # somebody overwrites the base
     with pytest.raises(WagleError, match="has changed since it was loaded"):
@@ -727,3 +735,12 @@ def test_answer_words_are_those_that_the_question_lacks() -> None:
     assert answer_recall(question, answer, "In ULM in 1890") == 1
     assert answer_recall(question, answer, "Ada was born in Bern, in 1890") == 2 / 3
     assert answer_recall("Is it so?", "It is so.", "") == 1
+
+
+def test_tokens_that_all_have_labels_are_continued_from_their_middle(knowing: str) -> None:
+    ids = load_tokenizer(knowing)(FORGET[0]["question"]).input_ids
+    rows = [{"input_ids": ids, "labels": ids}]
+    result = forget(knowing, rows, RETAIN, max_steps=1, progress=False)
+    assert result.outcome != "forgotten"
+    with pytest.raises(WagleError, match="token id 999999 is out of range"):
+        forget(knowing, [{"input_ids": [5, 999999], "labels": [5, 999999]}], RETAIN)

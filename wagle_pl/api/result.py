@@ -17,7 +17,7 @@ from wagle_pl.api.subject import Origin
 from wagle_pl.api.verdict import Outcome
 from wagle_pl.core import html
 from wagle_pl.core.errors import WagleError
-from wagle_pl.core.files import refuse_existing, write_text
+from wagle_pl.core.files import refuse_base, refuse_existing, write_text
 from wagle_pl.core.hub import upload
 from wagle_pl.core.schema import check
 from wagle_pl.core.stopping import undone_at_sigterm
@@ -72,8 +72,7 @@ class Forgotten:
         if self.outcome == "not known before":
             raise WagleError("the model was not changed, so there is nothing to save")
         for base in filter(None, (self._base, self.model.config.name_or_path)):
-            if folder.resolve() == Path(base).resolve():
-                raise WagleError(f"output {folder} is the model before unlearning; choose another")
+            refuse_base(folder, base)
         refuse_existing(folder, overwrite, "overwrite=True", kind="folder")
         originals = Originals(self._base) if self._base is not None else None
         card = model_card(self.record)

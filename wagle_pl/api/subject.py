@@ -22,8 +22,10 @@ from wagle_pl.core.weights import evaluating
 from wagle_pl.data import ForgetRetainDataModule
 from wagle_pl.data.batches import collate
 from wagle_pl.data.example import IGNORE, Example, Row
+from wagle_pl.data.template import check_ids
 from wagle_pl.evaluation.functional import rouge
 from wagle_pl.lm.inference import first_tokens, forward_answers, generate, sequence_logprobs
+from wagle_pl.lm.models import vocabulary_size
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import place
 
@@ -87,6 +89,8 @@ class Subject:
     def probabilities(self, examples: Sequence[Example]) -> list[float]:
         """Geometric mean of the probabilities of each row's answer tokens."""
         tokens = [self.template.encode(example) for example in examples]
+        for row in tokens:
+            check_ids(row["input_ids"], vocabulary_size(self.lm))
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]["input_ids"]))
         probabilities = [0.0] * len(tokens)
         pad = self.tokenizer.pad_token_id or 0

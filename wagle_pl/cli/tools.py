@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from wagle_pl.cli import LazyModule
-from wagle_pl.core.files import refuse_existing
+from wagle_pl.core.files import refuse_base, refuse_existing
 
 api = LazyModule("wagle_pl.api")
 patches = LazyModule("wagle_pl.unlearning.patch")
@@ -59,6 +59,7 @@ def forget_rows(
         report: also write an HTML page of the result to this file.
         redact: show digests of rows on that page, and no text.
     """
+    refuse_base(Path(output), model)
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     for path in filter(None, (patch, report)):
         refuse_existing(Path(path), overwrite, "--overwrite")

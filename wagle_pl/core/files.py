@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from wagle_pl.core.errors import DISK_ERRORS, WagleError, first_line
 from wagle_pl.core.stopping import undone_at_sigterm
 
+#: How files begin that are written by name: HTML, SVG, PNG, safetensors (a length, then JSON).
+_FORMS = re.compile(rb"<!doctype html|<\?xml|\x89PNG|[\0-\xff]{8}\{", re.IGNORECASE)
+
 
 class Unwritable(WagleError):
     """An output on a disk that is full or read-only; the cause is the writer's error."""
@@ -30,8 +33,8 @@ def refuse_existing(
     """Refuse an output that may not be written, before any work is done.
 
     Args:
-        overwrite: whether it may be replaced: a file by a file; by a folder, one that this package
-            wrote and that holds nothing else.
+        overwrite: whether it may be replaced: an empty file, or one of a form that this package
+            writes; by a folder, one that this package wrote and that holds nothing else.
         option: option that would allow it, for the error message.
         kind: what will be written: a ``file``; a ``folder``, which replaces a whole one; or
             ``files`` into a folder, whose other files stay as they are.
@@ -43,6 +46,10 @@ def refuse_existing(
         raise WagleError(f"output {path} is a folder: name a file in it")
     if not overwrite:
         raise WagleError(f"output {path} exists already", hint=f"choose another or pass {option}")
+    if kind == "file" and (begins := path.open("rb").read(16)) and not _FORMS.match(begins):
+        raise WagleError(
+            f"output {path} is a file of another kind, which would be lost: choose another"
+        )
     if kind != "file" and not path.is_dir():
         raise WagleError(f"output {path} is a file, and a folder is to be written: choose another")
     if kind == "folder" and (other := _others_entry(path)):
@@ -50,6 +57,12 @@ def refuse_existing(
             f"output {path} holds {other}, which this package did not write and which would be "
             "lost; choose another folder"
         )
+
+
+def refuse_base(folder: Path, base: str | Path) -> None:
+    """Refuse to write a model where the model before unlearning is."""
+    if folder.resolve() == Path(base).resolve():
+        raise WagleError(f"output {folder} is the model before unlearning; choose another")
 
 
 def check_writable(path: Path, kind: str = "folder", what: str = "output") -> None:

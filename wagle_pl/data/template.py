@@ -205,10 +205,12 @@ class Template:
         return {"input_ids": ids, "labels": labels}
 
     def encode_prompt(self, example: Example) -> list[int]:
-        """Token ids to generate from; for a row of tokens, those before the first label."""
+        """Token ids to generate from; for a row of tokens, those before the first label; the
+        first half of a text, or of tokens that all have a label."""
         if example.kind == "tokens":
             ids, labels = list(example.input_ids), example.labels
-            return ids[: next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))]
+            first = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
+            return ids[: first or max(1, len(ids) // 2)]
         if example.kind == "text":
             ids = self._ids(example.answer)
             return ids[: max(1, len(ids) // 2)]
