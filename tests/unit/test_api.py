@@ -33,7 +33,12 @@ from wagle_pl import (
     forget,
 )
 from wagle_pl.api import neighbours
-from wagle_pl.api.neighbours import general_questions, invented_neighbours, without_subject
+from wagle_pl.api.neighbours import (
+    general_questions,
+    invented_neighbours,
+    restated,
+    without_subject,
+)
 from wagle_pl.api.rows import restating, rows_of
 from wagle_pl.api.subject import Examination, Questions, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import Asked, Scores, above, answer_recall, is_damaged, judge, was_known
@@ -612,6 +617,41 @@ def test_an_answer_that_is_still_said_is_not_forgotten(knowing: str) -> None:
     questions.ask(reworded=False)
     assert questions.still_answered([True] * 3) == [True] * 3
     assert not any(questions.still_answered([False] * 3))
+
+
+def test_the_paraphrases_of_a_row_are_asked_and_forgotten(
+    knowing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"question": q, "answer": "So it is."}
+        | {f"paraphrased_{column}": text for column, text in row.items()}
+        for q, row in zip(["Why is it so?", "And what is it?", "Is it?"], FORGET, strict=True)
+    ]
+    subject = Subject(load_model(knowing), load_tokenizer(knowing), {}, False)
+    questions = Questions(subject, parse_rows(rows, ""), 0)
+    assert questions.recalled(questions.ask(True), True).known == [True] * 3
+    trained: list[Any] = []
+    data = Subject.data
+
+    def noted(self: Subject, **sources: Any) -> ForgetRetainDataModule:
+        trained.extend(sources.get("forget", ()))
+        return data(self, **sources)
+
+    monkeypatch.setattr(Subject, "data", noted)
+    forget(knowing, rows, RETAIN, requests=[([True] * 3, [0] * 3)], max_steps=1, progress=False)
+    assert [(row["question"], row["answer"]) for row in trained] == [
+        (row["question"], row["answer"]) for row in [*rows, *FORGET]
+    ]
+
+
+def test_a_paraphrase_is_a_row_of_the_form_of_its_row() -> None:
+    chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    other = {"paraphrased_question": "q"}
+    rows = [{"messages": chat, **other}, {"prompt": "p", "response": "r", **other}, {"text": "t"}]
+    rows += [{"question": "q", "answer": "r"}, {"question": "p", "answer": "r", **other}]
+    (again,) = parse_rows(restated(parse_rows(rows, "")), "")
+    assert [m["content"] for m in again.messages or ()] == ["system", "q"]
+    assert again.answer == "assistant"
 
 
 def test_a_row_and_its_counterpart_are_asked_in_the_same_words(

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wagle_pl.api.neighbours import retain_questions
+from wagle_pl.api.neighbours import restated, retain_questions
 from wagle_pl.api.result import Forgotten
 from wagle_pl.api.rows import Earlier, GivenRows, Rows, restating, row_digest, rows_of
 from wagle_pl.api.subject import Examination, Origin, Requested, StopWhenForgotten, Subject
@@ -78,7 +78,9 @@ def forget(
     that the model has never seen (other names, other numbers), in the rows' words and in others.
     The verdict applies the same bound, see :mod:`wagle_pl.api.verdict`. If the model does not know
     the rows, it is not trained. The verdict is about what was asked: the model may still know a fact
-    in another form, such as a statement to complete or a yes-or-no question, if no row has it.
+    in another form, such as a statement to complete or a yes-or-no question, if no row has it. The
+    columns ``paraphrased_question`` and ``paraphrased_answer`` of a row are forgotten and asked, too;
+    other wordings of an answer are tested only if they are given there.
 
     A loaded model is changed in place. If the call fails or is interrupted, by Ctrl-C or SIGTERM, its
     weights are again what they were; in every case its flags, dtypes, devices and the random state
@@ -253,7 +255,7 @@ class _Run:
         mask, steps, record = None, 0, self.record
         after, answers_after, trains = before, answers, bool(requests) or was_known(before)
         if trains:
-            stream = subject.data(forget=forget_rows, retain=trained)
+            stream = subject.data(forget=[*forget_rows, *restated(examples)], retain=trained)
             mask = self._mask(stream)
             module = self._unlearn(stream, mask, examination)
             self.origin.move_back()  # which rounds the weights: that model is the result

@@ -1,4 +1,4 @@
-"""Rows that go with forget rows: general questions, and rows of the same form about others."""
+"""Rows that go with forget rows: general questions, rows of the same form about others, other words."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from wagle_pl.data.people import FOLDER
 log = logging.getLogger(__name__)
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+")
+
+
+#: Other words for a question without a paraphrase of its own.
+WORDINGS = ("I have a question. {question}", "Could you tell me this? {question}")
 
 
 def general_questions() -> list[str]:
@@ -83,6 +87,41 @@ def invented_neighbours(forget: Sequence[Example], seed: int = 0) -> list[Option
 
 def _replaced(text: str, table: Mapping[str, str]) -> str:
     return _WORD.sub(lambda match: table.get(match[0], match[0]), text)
+
+
+def worded(example: Example, number: int, reworded: bool, paraphrased: bool = False) -> Example:
+    """A row as it is, or with its paraphrased question, or else a wording by its number; a row that
+    asks nothing stays as it is.
+
+    Args:
+        paraphrased: with its paraphrased answer, if it has one.
+    """
+    if not reworded or example.kind not in ("answered", "choices"):
+        return example
+    if paraphrased and example.kind == "answered" and example.paraphrased_answer:
+        example = replace(example, answer=example.paraphrased_answer)
+    if example.paraphrased_question:
+        return example.asking(example.paraphrased_question)
+    if example.asked is None:
+        return example
+    return example.asking(WORDINGS[number % len(WORDINGS)].format_map({"question": example.asked}))
+
+
+def restated(examples: Sequence[Example]) -> list[Row]:
+    """The rows' own paraphrases of questions, answers or both, as further rows."""
+    rows, keys = [], {example.key for example in examples}
+    for example in examples:
+        question = example.paraphrased_question
+        form = example.asking(question) if question else example
+        form = replace(form, answer=example.paraphrased_answer or form.answer)
+        if example.kind != "answered" or form.key in keys:
+            continue
+        texts: Row = {"question": form.question, "answer": form.answer}
+        if form.messages is not None:
+            last = {**example.row["messages"][-1], "content": form.answer}
+            texts = {"messages": [*form.messages, last]}
+        rows.append({**example.row, **texts})
+    return rows
 
 
 def words_of(text: str) -> list[str]:

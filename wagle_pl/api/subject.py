@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wagle_pl.api.neighbours import invented_neighbours, words_of
-from wagle_pl.api.verdict import Asked, Scores, answer_recall, bound, each_has_gone, returned
+from wagle_pl.api.neighbours import invented_neighbours, worded, words_of
+from wagle_pl.api.verdict import (
+    Asked,
+    Scores,
+    answer_recall,
+    bound,
+    clearest,
+    each_has_gone,
+    returned,
+)
 from wagle_pl.core.environment import half_precision_is_slow
 from wagle_pl.core.weights import evaluating
 from wagle_pl.data import ForgetRetainDataModule
@@ -34,9 +42,6 @@ GENERATED = 128  # prompts of a generation
 ANSWER_TOKENS = 48
 NEIGHBOURS = 4  # draws of invented names per row, of which the most probable counts
 TENTH = 0.1  # of its probability before: the reference of a row without an unseen counterpart
-
-#: Other words for a question without a paraphrase of its own.
-WORDINGS = ("I have a question. {question}", "Could you tell me this? {question}")
 
 #: What an earlier test said of a request: which rows were known, and :attr:`Questions.draws`.
 Requested = tuple[Sequence[bool], Sequence[int]]
@@ -161,7 +166,7 @@ class Questions:
                 self.draws.append(seed - max(filter(None, scored), default=(0, 0))[1])
         #: The counterpart of each row; None if a row has none.
         self.unseen = [invented[draw][row] for row, draw in enumerate(self.draws)]
-        self._before: dict[bool, list[float]] = {}
+        self._before: dict[tuple[bool, bool], list[float]] = {}
         self._answers: dict[bool, dict[int, str]] = {}
 
     @property
@@ -170,15 +175,25 @@ class Questions:
         return self.unseen.count(None)
 
     def ask(self, reworded: bool) -> Asked:
-        """Probabilities of all rows, in their own or in other words; nothing is generated."""
+        """Probabilities of all rows, in their own or in other words; nothing is generated.
+
+        A row with a paraphrased answer is asked for both answers in other words, and the clearer counts.
+        """
         self._answers[reworded] = {}  # those of the model as it was at the last call
+        asked = self._ask(reworded)
+        if reworded and any(example.paraphrased_answer for example in self.examples):
+            asked = clearest(asked, self._ask(reworded, paraphrased=True))
+        return asked
+
+    def _ask(self, reworded: bool, paraphrased: bool = False) -> Asked:
+        words = (reworded, paraphrased)
         pairs = [
-            (_worded(example, number, reworded), unseen and _worded(unseen, number, reworded))
+            (worded(example, number, *words), unseen and worded(unseen, number, *words))
             for number, (example, unseen) in enumerate(zip(self.examples, self.unseen, strict=True))
         ]
         rows = self.subject.probabilities([example for example, _ in pairs])
         of_unseen = iter(self.subject.probabilities([unseen for _, unseen in pairs if unseen]))
-        before = self._before.setdefault(reworded, rows)
+        before = self._before.setdefault(words, rows)
         references = [
             TENTH * probability if unseen is None else next(of_unseen)
             for unseen, probability in zip(self.unseen, before, strict=True)
@@ -189,7 +204,7 @@ class Questions:
         """The model's greedy answers to some rows, generated once after each :meth:`ask`."""
         answers = self._answers[reworded]
         missing = [i for i in rows if i not in answers]
-        prompts = [_worded(self.prompted[i], i, reworded) for i in missing]
+        prompts = [worded(self.prompted[i], i, reworded) for i in missing]
         answers.update(zip(missing, self.subject.generate(prompts), strict=True))
         return [answers[i] for i in rows]
 
@@ -211,15 +226,18 @@ class Questions:
         recalls: list[Optional[float]] = [None] * len(self.examples)
         rows = [i for i, take in enumerate(chosen) if take]
         for i, text in zip(rows, self.answers(rows, reworded), strict=True):
-            example, answer = self.prompted[i], self._answer(self.prompted[i])
-            recalls[i] = answer_recall(example.question, answer, text)
-            if (
-                self.unseen[i] is None
-            ):  # nothing shows what a guess has: only the whole answer counts
-                repeats = set(words_of(answer)) <= set(words_of(example.question))
-                question = "" if repeats else example.question
-                recalls[i] = float(answer_recall(question, answer, text) == 1)
+            forms = [worded(self.prompted[i], i, reworded, form) for form in {False, reworded}]
+            recalls[i] = max(self._recall(form, text, self.unseen[i] is None) for form in forms)
         return recalls
+
+    def _recall(self, example: Example, text: str, is_without_unseen: bool) -> float:
+        """Recall of a row's answer in what the model says. If nothing shows what a guess has, only
+        the whole answer counts."""
+        question, answer = example.question, self._answer(example)
+        if not is_without_unseen:
+            return answer_recall(question, answer, text)
+        repeats = set(words_of(answer)) <= set(words_of(question))
+        return float(answer_recall("" if repeats else question, answer, text) == 1)
 
     def _answer(self, example: Example) -> str:
         """As much of an answer as a generation can have."""
@@ -363,15 +381,6 @@ def _continued(example: Example) -> Example:
     start = words[len(words) // 2].start()
     prompt, rest = example.answer[:start].rstrip(), example.answer[start:]
     return replace(example, kind="answered", question=prompt, answer=f" {rest}", continuation=True)
-
-
-def _worded(example: Example, number: int, reworded: bool) -> Example:
-    """A row as it is, or with its paraphrased question, or else a wording by its number; a row that
-    asks nothing stays as it is."""
-    if not reworded or example.asked is None:
-        return example
-    wording = WORDINGS[number % len(WORDINGS)].format_map({"question": example.asked})
-    return example.asking(example.paraphrased_question or wording)
 
 
 # -- the user's model ------------------------------------------------------------------------------

@@ -91,6 +91,17 @@ def above(probability: float, unseen: float) -> bool:
     return probability > bound(unseen)
 
 
+def clearest(first: Asked, second: Asked) -> Asked:
+    """Of two forms of each row, the one that is the further above its bound.
+
+    >>> clearest(Asked([0.1], [0.0], [1.0]), Asked([0.3], [0.2], [0.5])).rows
+    [0.1]
+    """
+    forms = [zip(a.rows, a.unseen, a.recall, strict=True) for a in (first, second)]
+    rows = [max(pair, key=lambda row: row[0] / bound(row[1])) for pair in zip(*forms, strict=True)]
+    return Asked(*map(list, zip(*rows, strict=True)))
+
+
 def answer_recall(question: str, answer: str, generation: str) -> float:
     """Share of the words of an answer that are not in its question, and that a generation has.
 
