@@ -340,12 +340,14 @@ def test_rows_that_are_not_known_change_nothing(tiny_model: str, knowing: str) -
 def test_a_later_request_does_not_undo_an_earlier_one(knowing: str, tmp_path: Path) -> None:
     options = {"density": None, "max_steps": 40, "lr": 1e-3, "progress": False}
     lm = load_model(knowing, torch.float32)
-    forget(lm, FORGET[:1], RETAIN, **options)
+    first = forget(lm, FORGET[:1], RETAIN, **options)
     worded = {"question": FORGET[0]["question"].upper(), "answer": f" {FORGET[0]['answer']}\n"}
     with pytest.raises(WagleError, match=r"retain: row 7 .* was forgotten by an earlier request"):
         forget(lm, FORGET[1:], [*RETAIN, worded], **options)
     second = forget(lm, FORGET[1:], RETAIN, **options)
     assert len(second.record["lineage"]) == 3  # fine-tuning, and two requests
+    with pytest.raises(WagleError, match="a later call of forget changed the model"):
+        first.save(tmp_path / "first")
     saved = second.save(tmp_path / "saved")
     with pytest.raises(WagleError, match=r"was forgotten by an earlier request"):
         forget(str(saved), FORGET[1:], [*RETAIN, FORGET[0]], **options)

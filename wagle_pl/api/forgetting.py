@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, Optional, Union
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wagle_pl.api.neighbours import restated, retain_questions
-from wagle_pl.api.result import Forgotten
+from wagle_pl.api.result import HISTORY, Forgotten
 from wagle_pl.api.rows import Earlier, GivenRows, Rows, restating, row_digest, rows_of
 from wagle_pl.api.subject import Examination, Origin, Requested, StopWhenForgotten, Subject
 from wagle_pl.api.verdict import judge, was_known
@@ -47,11 +46,6 @@ LEARNING_RATES = ((30e6, 1e-4), (500e6, 5e-5), (float("inf"), 2e-5))
 SHOWN_ROWS = 64  # number of forget rows whose answers are generated
 HELD_OUT, MOST_HELD_OUT = 0.2, 64  # share and number of retain rows kept out of training
 FEW_ROWS = 5  # with fewer retain rows, none is held out
-
-#: What earlier calls made a loaded model forget: its record and rows.
-_HISTORY: WeakKeyDictionary[PreTrainedModel, tuple[dict[str, Any], list[Example]]] = (
-    WeakKeyDictionary()
-)
 
 
 @undone_at_sigterm()
@@ -229,7 +223,7 @@ class _Run:
         if settings.lr is None:
             weights = self.lm.num_parameters()
             settings.lr = next(rate for limit, rate in LEARNING_RATES if weights < limit)
-        self.record, self.history = _HISTORY.get(self.lm) or (read_record(source), [])
+        self.record, self.history = HISTORY.get(self.lm) or (read_record(source), [])
         self.origin = Origin(self.lm)
         options = {"seed": settings.seed, **data}
         self.subject = Subject(self.lm, tokenizer, options, progress)
@@ -382,7 +376,7 @@ class _Run:
             "before": result.before,
             "after": result.after,
         }
-        _HISTORY[self.lm] = (result.record, [*self.history, *examples])
+        HISTORY[self.lm] = (result.record, [*self.history, *examples])
 
 
 def _notes(without_unseen: int, retain: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
+from weakref import WeakKeyDictionary
 
 import torch
 from markupsafe import Markup
@@ -22,11 +23,17 @@ from wagle_pl.core.hub import upload
 from wagle_pl.core.schema import check
 from wagle_pl.core.stopping import undone_at_sigterm
 from wagle_pl.core.weights import fingerprint
+from wagle_pl.data.example import Example
 from wagle_pl.lm.models import checkpoint_dtype, load_model
 from wagle_pl.lm.saving import Originals, save_model
 from wagle_pl.masks import WeightMask
 from wagle_pl.unlearning.export import model_card
 from wagle_pl.unlearning.patch import make_patch
+
+#: What earlier calls made a loaded model forget: its record and rows.
+HISTORY: WeakKeyDictionary[PreTrainedModel, tuple[dict[str, Any], list[Example]]] = (
+    WeakKeyDictionary()
+)
 
 
 @dataclass
@@ -65,12 +72,17 @@ class Forgotten:
                 the model that was the base.
 
         Raises:
-            WagleError: if the folder exists and may not be replaced, or the model did not change.
+            WagleError: if the folder exists and may not be replaced, the model did not change, or a
+                later call changed it.
         """
         check(folder, Union[str, Path], "folder")
         folder = Path(folder)
         if self.outcome == "not known before":
             raise WagleError("the model was not changed, so there is nothing to save")
+        if HISTORY.get(self.model, [self.record])[0] is not self.record:
+            raise WagleError(
+                "a later call of forget changed the model: save the result of that call"
+            )
         for base in filter(None, (self._base, self.model.config.name_or_path)):
             refuse_base(folder, base)
         refuse_existing(folder, overwrite, "overwrite=True", kind="folder")

@@ -85,6 +85,10 @@ class MaskedModule(LanguageModule):
         self.mask = self.restriction.mask(self._shapes, self.model_name, self.model_fingerprint)
         if self.mask is None:
             return
+        if not any(p.requires_grad for p in self.lm.parameters()):
+            raise WagleError(
+                "no weight of the model requires a gradient: call requires_grad_(True)"
+            )
         if not all(p.requires_grad for p in self.lm.parameters()):
             free = {
                 n: filled_bits(p.numel(), p.requires_grad) for n, p in self.lm.named_parameters()
