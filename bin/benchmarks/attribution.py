@@ -30,12 +30,12 @@ from common import (
     reset_peak,
     result,
     seconds,
+    select,
     shapes_of,
 )
 from torch import Tensor
 
 from wagle_pl.attribution import AttributionModule, MaskSpec
-from wagle_pl.attribution.selection import select
 from wagle_pl.attribution.sums import runs_of
 from wagle_pl.core.weights import fingerprint
 from wagle_pl.lm import models

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from wagle_pl.attribution.selection import select_each
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.messages import fail
 from wagle_pl.core.errors import WagleError
@@ -493,3 +494,11 @@ def _line(row: Result) -> str:
         return f"{row['name']:34} failed: {row['error']}"
     bar = f"{row['wanted']} {row['bar']:g} {row['unit']}: {'met' if row['met'] else 'MISSED'}"
     return f"{row['name']:34} {row['value']:9.3f}   {bar}"
+
+
+def select(
+    scores: Callable[[], Iterable[tuple[str, Tensor]]], density: float
+) -> Iterator[tuple[str, Tensor]]:
+    """The bits of each parameter's weights with the largest |scores|, packed."""
+    for name, (bits,) in select_each(scores, [density]):
+        yield name, bits

@@ -29,12 +29,12 @@ from common import (
     products_per_second,
     reset_peak,
     result,
+    select,
     shapes_of,
     step_ratio,
 )
 from torch import Tensor, nn
 
-from wagle_pl.attribution.selection import select
 from wagle_pl.attribution.units import Units
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.people import bundled

@@ -14,12 +14,12 @@ import yaml
 from helpers import write_rows
 
 from wagle_pl import WagleError
-from wagle_pl.data import WMDPDataModule
 from wagle_pl.data.example import Example
 from wagle_pl.evaluation import find_suite
 from wagle_pl.evaluation.ability import Harness, read, wrap
 from wagle_pl.evaluation.functional import Undefined
 from wagle_pl.evaluation.observe import letters
+from wagle_pl.lab.benchmarks import WMDPDataModule
 from wagle_pl.lm.models import load_model, load_tokenizer
 
 needs_harness = pytest.mark.skipif(

@@ -74,7 +74,7 @@ def test_three_lines(
     assert "not known before" in run_command(line, tmp_path, status=3)
     assert line.replace(tiny_model, "my-model") in README.read_text()
     known, gone = (Asked([p], [0.1], [1.0]) for p in (0.9, 0.1))
-    sentence = judge(Scores(known, known, 0.9), Scores(gone, gone, 0.9)).sentence
+    sentence = judge(Scores(known, known, [0.9] * 2), Scores(gone, gone, [0.9] * 2)).sentence
     digits = re.compile(r"\d[\d.e-]*")
     assert digits.sub("0", printed.replace("\n", " ")).strip() == digits.sub("0", sentence)
 
