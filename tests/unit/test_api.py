@@ -35,6 +35,7 @@ from wagle_pl import (
 from wagle_pl.api import neighbours
 from wagle_pl.api.neighbours import (
     general_questions,
+    halved,
     invented_neighbours,
     restated,
     without_subject,
@@ -646,14 +647,38 @@ def test_the_paraphrases_of_a_row_are_asked_and_forgotten(
     ]
 
 
-def test_a_paraphrase_is_a_row_of_the_form_of_its_row() -> None:
+def test_a_further_row_has_the_form_of_its_row() -> None:
     chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
     other = {"paraphrased_question": "q"}
     rows = [{"messages": chat, **other}, {"prompt": "p", "response": "r", **other}, {"text": "t"}]
-    rows += [{"question": "q", "answer": "r"}, {"question": "p", "answer": "r", **other}]
-    (again,) = parse_rows(restated(parse_rows(rows, "")), "")
+    rows += [{"question": "q", "answer": "r"}, {"text": "one two three", "partial": True, **other}]
+    examples = parse_rows(rows, "")
+    asked = [halved(e) if e.kind == "text" else e for e in examples]
+    again, text = parse_rows(restated(asked, examples), "")
     assert [m["content"] for m in again.messages or ()] == ["system", "q"]
     assert again.answer == "assistant"
+    assert (text.question, text.answer, text.continuation, text.partial) == (
+        *("one", " two three"),
+        *(True, True),
+    )
+
+
+def test_a_text_is_asked_for_its_second_half(knowing: str) -> None:
+    subject = Subject(load_model(knowing), load_tokenizer(knowing), {}, False)
+    form = "{prompt}{answer}".format_map(subject.template.prompts)
+    texts = [form.format_map(row) for row in FORGET]
+    starts = [re.match(rf"(\S+\s+){{{len(t.split()) // 2}}}", t)[0].rstrip() for t in texts]
+    rows = [{"text": text} for text in (*texts, "Ulm lies", "Ulm lies here. " * 300)]
+    questions = Questions(subject, parse_rows(rows, ""), 0)
+    asked = questions.recalled(questions.ask(reworded=False), reworded=False)
+    assert asked.known == [True, True, True, False, False]
+    assert questions.examples[3].question == "Ulm"
+    for text, start, row in zip(texts, starts, asked.rows, strict=False):
+        ids = [subject.tokenizer(t, return_tensors="pt").input_ids for t in (text, start)]
+        full = torch.cat([ids[0], torch.tensor([[subject.tokenizer.eos_token_id]])], 1)
+        scores = subject.lm(full).logits[0, :-1].log_softmax(-1)
+        tokens = scores.gather(-1, full[0, 1:, None])[ids[1].shape[1] - 1 :]
+        assert row == pytest.approx(tokens.mean().exp().item(), rel=1e-3)
 
 
 def test_a_row_and_its_counterpart_are_asked_in_the_same_words(

@@ -74,7 +74,8 @@ def forget(
     the rows, it is not trained. The verdict is about what was asked: the model may still know a fact
     in another form, such as a statement to complete or a yes-or-no question, if no row has it. The
     columns ``paraphrased_question`` and ``paraphrased_answer`` of a row are forgotten and asked, too;
-    other wordings of an answer are tested only if they are given there.
+    other wordings of an answer are tested only if they are given there. A text is asked for its second
+    half, given the first.
 
     A loaded model is changed in place. If the call fails or is interrupted, by Ctrl-C or SIGTERM, its
     weights are again what they were; in every case its flags, dtypes, devices and the random state
@@ -249,7 +250,8 @@ class _Run:
         mask, steps, record = None, 0, self.record
         after, answers_after, trains = before, answers, bool(requests) or was_known(before)
         if trains:
-            stream = subject.data(forget=[*forget_rows, *restated(examples)], retain=trained)
+            others = restated(examination.forget.examples, examples)
+            stream = subject.data(forget=[*forget_rows, *others], retain=trained)
             mask = self._mask(stream)
             module = self._unlearn(stream, mask, examination)
             self.origin.move_back()  # which rounds the weights: that model is the result

@@ -62,7 +62,9 @@ def invented_neighbours(forget: Sequence[Example], seed: int = 0) -> list[Option
     """
     draw, neighbours = random.Random(seed), []
     for example in forget:
-        names = {n for t in (example.question, example.answer) for n in names_of(t)}
+        texts = [example.question, example.answer]
+        texts = ["".join(texts)] if example.continuation else texts  # of a text in two halves
+        names = {name for text in texts for name in names_of(text)}
         table: dict[str, str] = {}
         for name in sorted(names):
             table[name] = _invented(name, draw, {*names, *table.values()})
@@ -91,11 +93,7 @@ def _replaced(text: str, table: Mapping[str, str]) -> str:
 
 def worded(example: Example, number: int, reworded: bool, paraphrased: bool = False) -> Example:
     """A row as it is, or with its paraphrased question, or else a wording by its number; a row that
-    asks nothing stays as it is.
-
-    Args:
-        paraphrased: with its paraphrased answer, if it has one.
-    """
+    asks nothing stays as it is. If ``paraphrased``, with its paraphrased answer if it has one."""
     if not reworded or example.kind not in ("answered", "choices"):
         return example
     if paraphrased and example.kind == "answered" and example.paraphrased_answer:
@@ -107,10 +105,21 @@ def worded(example: Example, number: int, reworded: bool, paraphrased: bool = Fa
     return example.asking(WORDINGS[number % len(WORDINGS)].format_map({"question": example.asked}))
 
 
-def restated(examples: Sequence[Example]) -> list[Row]:
-    """The rows' own paraphrases of questions, answers or both, as further rows."""
-    rows, keys = [], {example.key for example in examples}
-    for example in examples:
+def halved(text: Example) -> Example:
+    """A text as a prompt, its first half of words, and the other half to continue with."""
+    words = list(re.finditer(r"\S+", text.answer))
+    if len(words) < 2:
+        return text
+    start = words[len(words) // 2].start()
+    prompt, rest = text.answer[:start].rstrip(), f" {text.answer[start:]}"
+    example = replace(text, kind="answered", question=prompt, answer=rest, continuation=True)
+    return replace(example, paraphrased_question="", paraphrased_answer="")
+
+
+def restated(asked: Sequence[Example], forget: Sequence[Example]) -> list[Row]:
+    """Further rows to forget, of those ``asked``: texts in halves, and the rows' own paraphrases."""
+    rows, keys = [], {example.key for example in forget}
+    for example in asked:
         question = example.paraphrased_question
         form = example.asking(question) if question else example
         form = replace(form, answer=example.paraphrased_answer or form.answer)
@@ -120,7 +129,8 @@ def restated(examples: Sequence[Example]) -> list[Row]:
         if form.messages is not None:
             last = {**example.row["messages"][-1], "content": form.answer}
             texts = {"messages": [*form.messages, last]}
-        rows.append({**example.row, **texts})
+        flags = {"continuation": form.continuation, "partial": form.partial}
+        rows.append({**example.row, **texts, **flags})
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from wagle_pl.api.neighbours import invented_neighbours, worded, words_of
+from wagle_pl.api.neighbours import halved, invented_neighbours, worded, words_of
 from wagle_pl.api.verdict import (
     Asked,
     Scores,
@@ -147,9 +146,9 @@ class Questions:
         draws: Sequence[int] = (),
         requests: Sequence[int] = (),
     ) -> None:
-        self.subject, self.examples = subject, examples
-        #: The rows as they are generated: a text is continued from its middle.
-        self.prompted = [_continued(example) for example in examples]
+        self.subject = subject
+        #: The rows as they are asked: a text is its second half, given the first.
+        self.examples = examples = [*map(self._halved, examples)]
         ends = [*accumulate(requests or [len(examples)])]
         parts = [examples[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         invented = {
@@ -168,6 +167,15 @@ class Questions:
         self.unseen = [invented[draw][row] for row, draw in enumerate(self.draws)]
         self._before: dict[tuple[bool, bool], list[float]] = {}
         self._answers: dict[bool, dict[int, str]] = {}
+
+    def _halved(self, example: Example) -> Example:
+        """A text, as much of it as is trained, as two halves; another row as it is."""
+        if example.kind != "text":
+            return example
+        limit = self.subject.template.max_length
+        start = first_tokens(self.subject.tokenizer, example.answer, limit)
+        partial = example.partial or len(start) < len(example.answer)
+        return halved(replace(example, answer=start, partial=partial))
 
     @property
     def without_unseen(self) -> int:
@@ -204,7 +212,7 @@ class Questions:
         """The model's greedy answers to some rows, generated once after each :meth:`ask`."""
         answers = self._answers[reworded]
         missing = [i for i in rows if i not in answers]
-        prompts = [worded(self.prompted[i], i, reworded) for i in missing]
+        prompts = [worded(self.examples[i], i, reworded) for i in missing]
         answers.update(zip(missing, self.subject.generate(prompts), strict=True))
         return [answers[i] for i in rows]
 
@@ -218,7 +226,7 @@ class Questions:
         return [
             recall == 1
             and not set(words_of(self._answer(example))) <= set(words_of(example.question))
-            for example, recall in zip(self.prompted, self._recalls(chosen, False), strict=True)
+            for example, recall in zip(self.examples, self._recalls(chosen, False), strict=True)
         ]
 
     def _recalls(self, chosen: Sequence[bool], reworded: bool) -> list[Optional[float]]:
@@ -226,7 +234,7 @@ class Questions:
         recalls: list[Optional[float]] = [None] * len(self.examples)
         rows = [i for i, take in enumerate(chosen) if take]
         for i, text in zip(rows, self.answers(rows, reworded), strict=True):
-            forms = [worded(self.prompted[i], i, reworded, form) for form in {False, reworded}]
+            forms = [worded(self.examples[i], i, reworded, form) for form in {False, reworded}]
             recalls[i] = max(self._recall(form, text, self.unseen[i] is None) for form in forms)
         return recalls
 
@@ -325,7 +333,7 @@ class Examination:
 
     def measures(self, scores: Scores, answers: Sequence[str]) -> dict[str, float]:
         """The means that :class:`~wagle_pl.api.Forgotten` shows."""
-        truths = [example.answer for example in self.forget.prompted[: len(answers)]]
+        truths = [example.answer for example in self.forget.examples[: len(answers)]]
         return {
             "forget_probability": fmean(scores.direct.rows),
             "unseen_probability": fmean(scores.direct.unseen),
@@ -371,16 +379,6 @@ class StopWhenForgotten(L.Callback):
         self.bar.close()
 
     on_exception = teardown
-
-
-def _continued(example: Example) -> Example:
-    """A text as a prompt, its first half of words, and the other half to continue with."""
-    words = list(re.finditer(r"\S+", example.answer))
-    if example.kind != "text" or len(words) < 4:
-        return example
-    start = words[len(words) // 2].start()
-    prompt, rest = example.answer[:start].rstrip(), example.answer[start:]
-    return replace(example, kind="answered", question=prompt, answer=f" {rest}", continuation=True)
 
 
 # -- the user's model ------------------------------------------------------------------------------
