@@ -281,3 +281,32 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
         target = page.parent / file if file else page
         assert target.exists(), link
         assert not anchor or target.suffix != ".md" or anchor in headings(target), link
+
+
+def test_the_controls_on_smollm2() -> None:
+    """What is kept at the retrained model's level, read from the runs by linear interpolation."""
+    table = pd.read_csv(CONFIGS / "tofu/results/controls.csv")
+    kept: dict[str, list[float]] = {}
+    steps: dict[str, list[float]] = {}
+    for (mask, _), run in table.groupby(["mask", "seed"]):
+        points = [
+            (0.966, 0.969, 0),
+            *run[["forget", "retain_unused", "step"]].itertuples(index=False),
+        ]
+        crossed = [i for i, (forget, *_) in enumerate(points) if forget <= 0.123]
+        if crossed:
+            (before, *low), (after, *high) = points[crossed[0] - 1 : crossed[0] + 1]
+            share = (before - 0.123) / (before - after)
+            value, step = (a + share * (b - a) for a, b in zip(low, high, strict=True))
+            kept.setdefault(mask, []).append(value)
+            steps.setdefault(mask, []).append(step)
+    page = (CONFIGS / "tofu/study.md").read_text(encoding="utf-8")
+    for mask, values in kept.items():
+        shown = f"{np.mean(values):.3f}" + (
+            f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        )
+        assert f"| {mask} | {len(values)} | {shown} | {np.mean(steps[mask]):.0f} |" in page
+    assert "lowest h 0.2" not in kept and "| lowest h 0.2 | 1 | – | – |" in page
+    test = ttest_rel(kept["shuffled 0.2"], kept["curvature^1 0.2"])
+    difference = np.subtract(kept["shuffled 0.2"], kept["curvature^1 0.2"]).mean()
+    assert f"{difference:.3f} more than `curvature^1` (p {test.pvalue:.3f})" in page
