@@ -60,12 +60,24 @@ def fake_nf4(weights: Tensor) -> Tensor:
     >>> fake_nf4(torch.tensor([[2.0, 0.2, -1.0]]))
     tensor([[ 2.0000,  0.1592, -1.0501]])
     """
-    levels = torch.tensor(NF4, device=weights.device)
-    flat = weights.float().reshape(-1)
-    blocks = pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    levels, bounds = nf4_levels(weights.device)
+    blocks = blocks_of(weights.float(), NF4_BLOCK)
     scale = blocks.abs().amax(1, keepdim=True)
-    nearest = torch.bucketize(blocks * (1 / scale.clamp(min=1e-38)), (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * scale).view(-1)[: len(flat)].view(weights.shape).to(weights.dtype)
+    nearest = torch.bucketize(blocks * (1 / scale.clamp(min=1e-38)), bounds)
+    values = (levels[nearest] * scale).view(-1)[: weights.numel()]
+    return values.view(weights.shape).to(weights.dtype)
+
+
+def nf4_levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(16,) levels of NF4, and (15,) bounds half way between them."""
+    levels = torch.tensor(NF4, device=device)
+    return levels, (levels[1:] + levels[:-1]) / 2
+
+
+def blocks_of(weights: Tensor, size: int) -> Tensor:
+    """(blocks, size) weights of the flattened tensor, filled up with zeros."""
+    flat = weights.reshape(-1)
+    return pad(flat, (0, -len(flat) % size)).view(-1, size)
 
 
 def fake_gguf(weights: Tensor, form: str) -> Tensor:
@@ -93,8 +105,14 @@ def fake_quantise(weights: Tensor, bits: int) -> Tensor:
     >>> fake_quantise(torch.tensor([[-1.0, 0.3, 0.9, 2.0]]), bits=2)
     tensor([[-1.,  0.,  1.,  2.]])
     """
-    rows, top = weights.float(), 2**bits - 1
+    rows = weights.float()
+    scale, zero = affine(rows, bits)
+    rounded = torch.fake_quantize_per_channel_affine(rows, scale, zero.int(), 0, 0, 2**bits - 1)
+    return rounded.to(weights.dtype)
+
+
+def affine(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """s and z of each row, see :func:`fake_quantise`."""
     least, greatest = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
-    scale = ((greatest - least) / top).clamp(min=torch.finfo(torch.float32).tiny)
-    zero = (-least / scale).round().int()
-    return torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, 0, top).to(weights.dtype)
+    scale = ((greatest - least) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    return scale, (-least / scale).round()

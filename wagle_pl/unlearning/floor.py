@@ -6,10 +6,16 @@ from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from wagle_pl.lm.layers import linear_weights
-from wagle_pl.lm.quantised import GGUF_BLOCK, NF4, NF4_BLOCK, rounded_to
+from wagle_pl.lm.quantised import (
+    GGUF_BLOCK,
+    NF4_BLOCK,
+    affine,
+    blocks_of,
+    nf4_levels,
+    rounded_to,
+)
 from wagle_pl.masks.bits import put_
 from wagle_pl.masks.selected import SelectedWeights
 from wagle_pl.unlearning.step_rules import Gradients
@@ -33,19 +39,17 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, weights: Tensor, form: Union[int, str]) -> Grid:
         """The grid of (out, in) weights, see :mod:`wagle_pl.lm.quantised`."""
-        size = NF4_BLOCK if form == "nf4" else GGUF_BLOCK if isinstance(form, str) else None
-        start = _grouped(weights, size)
+        size = NF4_BLOCK if form == "nf4" else GGUF_BLOCK
+        size = weights.shape[-1] if isinstance(form, int) else size
+        start = blocks_of(weights, size)
         tiny = torch.finfo(torch.float32).tiny
         top = start.abs().amax(1, keepdim=True)
         offset = torch.zeros_like(top)
         if isinstance(form, int):
-            least, greatest = start.amin(1, keepdim=True), start.amax(1, keepdim=True)
-            least, greatest = least.clamp(max=0), greatest.clamp(min=0)
-            scale = ((greatest - least) / (2**form - 1)).clamp(min=tiny)
-            offset, steps = (-least / scale).round(), torch.arange(2**form - 1)
+            scale, offset = (of_rows[:, None] for of_rows in affine(start, form))
+            steps = torch.arange(2**form - 1)
         elif form == "nf4":
-            levels = torch.tensor(NF4, device=weights.device)
-            return cls(start, top.clamp(min=tiny), offset, (levels[1:] + levels[:-1]) / 2)
+            return cls(start, top.clamp(min=tiny), offset, nf4_levels(weights.device)[1])
         elif form == "q8_0":
             steps, scale = torch.arange(-127, 127), (top / 127).clamp(min=tiny)
         else:
@@ -103,7 +107,7 @@ def floored(
     """
     grid = Grid.of(start.float(), form)
     size = grid.start.shape[1]
-    now, slope = _grouped(trained.float(), size), _grouped(gradient.float(), size)
+    now, slope = blocks_of(trained.float(), size), blocks_of(gradient.float(), size)
     before = grid.bins(grid.start)
     crossing = grid.beyond(before, (now - grid.start).sign())
     crosses = slope * (crossing - grid.start) < 0  # the difference of the two costs
@@ -157,11 +161,3 @@ class StepFloor:
             tensor.values.copy_(tensor.taken(result, tensor.values.dtype).view_as(tensor.values))
         selected.changed()
         return counts
-
-
-def _grouped(weights: Tensor, size: Union[int, None]) -> Tensor:
-    """(groups, size): rows, or blocks of the flattened weights."""
-    if size is None or size == weights.shape[-1]:
-        return weights.reshape(-1, weights.shape[-1])
-    flat = weights.reshape(-1)
-    return pad(flat, (0, -len(flat) % size)).view(-1, size)
