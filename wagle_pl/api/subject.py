@@ -93,15 +93,14 @@ class Subject:
     def probabilities(self, examples: Sequence[Example]) -> list[float]:
         """Geometric mean of the probabilities of each row's answer tokens."""
         tokens = [self.template.encode(example) for example in examples]
-        for row in tokens:
-            check_ids(row["input_ids"], vocabulary_size(self.lm))
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]["input_ids"]))
         probabilities = [0.0] * len(tokens)
-        pad = self.tokenizer.pad_token_id or 0
+        pad, vocabulary = self.tokenizer.pad_token_id or 0, vocabulary_size(self.lm)
         with evaluating(self.lm):
             for start in range(0, len(order), BATCH):
                 chosen = order[start : start + BATCH]
                 batch = collate([tokens[i] for i in chosen], pad)
+                check_ids([int(batch["input_ids"].max())], vocabulary)
                 batch = {name: tensor.to(self.lm.device) for name, tensor in batch.items()}
                 sums, counts = sequence_logprobs(forward_answers(self.lm, batch), batch["labels"])
                 for i, probability in zip(chosen, (sums / counts).exp().tolist(), strict=True):

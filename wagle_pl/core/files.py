@@ -46,10 +46,13 @@ def refuse_existing(
         raise WagleError(f"output {path} is a folder: name a file in it")
     if not overwrite:
         raise WagleError(f"output {path} exists already", hint=f"choose another or pass {option}")
-    if kind == "file" and (begins := path.open("rb").read(16)) and not _FORMS.match(begins):
-        raise WagleError(
-            f"output {path} is a file of another kind, which would be lost: choose another"
-        )
+    if kind == "file":
+        with path.open("rb") as file:
+            begins = file.read(16)
+        if begins and not _FORMS.match(begins):
+            raise WagleError(
+                f"output {path} is a file of another kind, which would be lost: choose another"
+            )
     if kind != "file" and not path.is_dir():
         raise WagleError(f"output {path} is a file, and a folder is to be written: choose another")
     if kind == "folder" and (other := _others_entry(path)):

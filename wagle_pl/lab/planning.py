@@ -376,8 +376,8 @@ def at(parts: Iterable[Part], moment: str) -> float:
 
 def peak(model: Architecture, run: PlannedRun) -> tuple[str, float]:
     """The moment at which a device needs the most memory, and how much."""
-    sizes = {moment: at(device_parts(model, run), moment) for moment in MOMENTS}
-    return max(sizes.items(), key=lambda pair: pair[1])
+    parts = device_parts(model, run)
+    return max(((moment, at(parts, moment)) for moment in MOMENTS), key=lambda pair: pair[1])
 
 
 def host_bytes(model: Architecture, run: PlannedRun) -> float:

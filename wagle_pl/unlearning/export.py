@@ -192,8 +192,8 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     }
     if run.get("adapter"):
         facts["Adapter"] = run["adapter"]
-    elif run.get("objective") or run.get("mask"):
-        facts |= {"Mask": _mask(run), "Guarantee": run.get("verified") or "not checked"}
+    elif mask := _mask(run):
+        facts |= {"Mask": mask, "Guarantee": run.get("verified") or "not checked"}
     return facts
 
 
