@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -85,6 +86,11 @@ QUIET = (
     "--trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false "
     "--trainer.enable_model_summary false"
 )
+
+
+def slow(*values: Any, **options: Any) -> Any:
+    """A case for ``bin/test --all``: what the other cases leave of all combinations."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
 
 
 def words(*arguments: Any) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from forked import command, start
-from helpers import wait_for
+from helpers import slow, wait_for
 
 from wagle_pl.cli.quickstart import _commands
 
@@ -45,7 +45,7 @@ def test_each_command_comes_after_what_it_reads() -> None:
 
 @pytest.mark.parametrize(
     ("send", "signum", "status"),
-    [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGKILL, -signal.SIGKILL)],
+    [(os.killpg, signal.SIGINT, 130), slow(os.kill, signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_a_signal_ends_the_commands(
     send: Callable[[int, int], None], signum: int, status: int

@@ -22,6 +22,7 @@ from helpers import (
     moved,
     random_bools,
     same_bits,
+    slow,
     wait_for,
     weights,
     words,
@@ -44,11 +45,6 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3"]
 ZERO = STRATEGIES[1:]
-
-
-def slow(*values: Any) -> Any:
-    """A case for ``bin/test --all``: what the other cases leave of all combinations."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def strategy(name: str, devices: int = 2) -> str:
@@ -155,7 +151,7 @@ def cut(rows: int, accumulate: int) -> str:
     return f"--data.batch_size {rows} --trainer.accumulate_grad_batches {accumulate}"
 
 
-@pytest.mark.parametrize("case", [*list(CASES)[:2], slow(list(CASES)[2]), *list(CASES)[3:]])
+@pytest.mark.parametrize("case", ["finetune", "npo", *map(slow, list(CASES)[2:])])
 def test_the_split_of_a_batch_does_not_matter(run: Any, case: str):
     """One device 1 x 8, accumulation 4 x 2, two devices 2 x 4, ZeRO with accumulation 2 x 2 x 2: the same weights.
 
@@ -352,7 +348,7 @@ def same_masks(left: Path, right: Path) -> bool:
         slow("auto", ["zero1"]),
         ("fisher", ["zero3"]),
         slow("fisher", ["ddp"]),
-        ("hutchinson", ["zero2"]),
+        slow("hutchinson", ["zero2"]),
     ],
 )
 def test_one_mask_for_any_number_of_ranks(run: Any, hessian: str, strategies: list[str]):
@@ -610,7 +606,7 @@ def test_a_rank_that_dies_ends_the_run(ranks: Ranks, command: Any):
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
-        ("zero1", "MaskedAdamW"),
+        slow("zero1", "MaskedAdamW"),
         slow("zero2", "MaskedAdamW"),
         ("zero3", "MaskedAdamW"),
         slow("zero2", "AdamW"),
@@ -651,10 +647,10 @@ RECUT = [
     ("UnlearnModule", "ddp", "one"),
     slow("UnlearnModule", "lone1", "zero1"),
     slow("UnlearnModule", "zero2", "lone2"),
-    ("UnlearnModule", "lone3", "zero3"),
+    slow("UnlearnModule", "lone3", "zero3"),
     slow("UnlearnModule", "zero3", "lone3"),
     slow("AttributionModule", "ddp", "one"),
-    ("AttributionModule", "one", "ddp"),
+    slow("AttributionModule", "one", "ddp"),
     ("AttributionModule", "zero2", "lone2"),
 ]
 

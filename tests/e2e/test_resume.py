@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SaveAt, changed, moved, places, random_bools, same_bits, trainer, trapped
+from helpers import SaveAt, changed, moved, places, random_bools, same_bits, slow, trainer, trapped
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
@@ -66,12 +66,12 @@ KEEP = (
 @pytest.mark.parametrize(
     ("kind", "accumulate", "kills"),
     [
-        ("finetune", 1, (3,)),
+        slow("finetune", 1, (3,)),
         ("npo", 1, (1, 4, 9)),
-        ("npo", 2, (5,)),
+        slow("npo", 2, (5,)),
         ("po", 1, (6,)),
         ("pdu", 2, (7,)),
-        ("mudman", 2, (8,)),
+        slow("mudman", 2, (8,)),
     ],
 )
 def test_a_killed_run_continues_to_the_same_bits(
@@ -95,7 +95,7 @@ def test_a_killed_run_continues_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "saves"), [(1, (2, 5)), (2, (1, 5, 8)), (4, (3, 7))]
+    ("accumulate", "saves"), [slow(1, (2, 5)), (2, (1, 5, 8)), slow(4, (3, 7))]
 )  # an epoch has four micro-batches, or eight in steps of four
 def test_a_checkpoint_at_any_batch_continues_to_the_same_bits(
     wagle, dropping_model, accumulate, saves
@@ -119,7 +119,7 @@ def test_a_checkpoint_at_any_batch_continues_to_the_same_bits(
         assert same_bits("whole", "again")
 
 
-@pytest.mark.parametrize("kind", ["finetune", "npo", "adapter"])
+@pytest.mark.parametrize("kind", [slow("finetune"), "npo", slow("adapter")])
 def test_load_from_checkpoint(wagle, tiny_model, rows, kind):
     """The module as Lightning gives it back has the weights that the run wrote, answers, and can be tested."""
     fit = [training(kind if kind != "adapter" else "po"), "--model.model", tiny_model]

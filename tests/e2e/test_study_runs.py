@@ -273,6 +273,7 @@ def test_arms_with_a_rule_and_an_optimiser_of_their_own(config):
     assert 1e-3 < moved.max() <= 2.001e-3  # two steps of the learning rate
 
 
+@pytest.mark.slow
 def test_points_do_not_change_the_run_and_a_kept_model_tests_the_same(config, models):
     kept = {"keep_models": True, "generate": "end", "module": {"max_new_tokens": 4}}
     study(config(output="three", masks=["dense"], **kept))
@@ -379,6 +380,7 @@ def test_a_diverging_run_is_noted_and_the_study_goes_on(config, capsys):
     assert "1 run diverged" in Path("out/study.md").read_text()
 
 
+@pytest.mark.slow
 def test_in_pieces(config, capsys):
     with pytest.raises(SystemExit):
         cli.main(["study", "--help", "all"])

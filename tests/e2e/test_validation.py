@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import same_bits, slow
 from lightning.pytorch.callbacks import Callback
 
 from wagle_pl import WeightMask
@@ -28,7 +28,7 @@ class Watch(Callback):
             type(self).found.append((trainer.global_step, named))
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [slow(1), 3])
 def test_it_changes_nothing_and_measures_what_a_test_measures(wagle, dropping_model, accumulate):
     Watch.found.clear()
     common = (

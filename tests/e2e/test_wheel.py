@@ -81,6 +81,7 @@ def python_alone(installed: Path, folder: Path, *words: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_commands_of_the_laboratory_say_what_to_install(installed: Path, tmp_path: Path) -> None:
     """Each in one line, with exit status 2; one after another in one process."""
     (tmp_path / "a").mkdir()
