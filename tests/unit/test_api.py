@@ -540,6 +540,8 @@ def scores(
 
 
 KNOWN = scores([0.9, 0.8], [0.05, 0.05])
+#: The model says something else if it is asked directly, and the answer in other words.
+IN_OTHER_WORDS = replace(scores([0.7], [0.01], 0.1), reworded=Asked([0.4], [0.01], [1.0]))
 
 
 @pytest.mark.parametrize(
@@ -549,6 +551,8 @@ KNOWN = scores([0.9, 0.8], [0.05, 0.05])
         (scores([0.11], [0.08]), None, "not known before"),
         (scores([0.3], [0.05], recall=0.2), None, "not known before"),  # likely, and never said
         (scores([0.9] + [0.05] * 19, [0.05] * 20), None, "not known before"),  # one in twenty
+        (IN_OTHER_WORDS, None, "partly forgotten"),
+        (IN_OTHER_WORDS, scores([0.01], [0.01]), "forgotten"),
         (KNOWN, scores([0.02, 0.03], [0.04, 0.04]), "forgotten"),
         (KNOWN, scores([0.057, 0.057], [0.01, 0.01]), "partly forgotten"),  # the unseen fell, too
         (KNOWN, scores([0.2, 0.0], [0.05, 0.05]), "partly forgotten"),  # a row is left

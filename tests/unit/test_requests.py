@@ -291,3 +291,10 @@ def test_each_request_meets_the_bound() -> None:
     known = [True] * 6 + [False]
     assert each_has_gone(asked, known) and not each_has_gone(asked, known, [6, 1])
     assert not each_has_gone(asked, [True] * 7, [6, 1]) and each_has_gone(asked, [True] * 7)
+
+
+def test_a_request_that_is_answered_in_other_words_is_known() -> None:
+    reworded = Asked([0.4] * 2, [0.01] * 2, [1.0] * 2)
+    scores = Scores(Asked([0.7] * 2, [0.01] * 2, [0.1] * 2), reworded, ())
+    tested = testing.judged(scores, scores.known, [0, 0], False)
+    assert (tested["outcome"], tested["left"]) == ("known", 2)

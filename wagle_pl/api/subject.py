@@ -271,7 +271,7 @@ class Examination:
         self.earlier = Questions(subject, earlier, seed) if earlier else None
         self.before = self._scores()
         #: Which forget rows count as known: those that were at an earlier test, or else are now.
-        self.known = [k for known, _ in requests for k in known] or self.before.direct.known
+        self.known = [k for known, _ in requests for k in known] or self.before.known
         self.before = self._with_answers(self.before)
 
     def scores(self) -> Scores:

@@ -1,8 +1,8 @@
 """The verdict on an unlearned model: rules on probabilities of rows, before and after.
 
 Every forget row is compared with a row of the same form that the model has never seen. A row is
-*known* if it is clearly more probable than that row and the model also says its answer. The
-bound that ends training is the bound that the verdict uses.
+*known* if it is clearly more probable than that row and the model also says its answer, asked
+directly or in other words. The bound that ends training is the bound that the verdict uses.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ class Scores:
     #: Whether the model's greedy answer still has the whole answer, for each row; empty if unknown.
     still_answered: Sequence[bool] = ()
 
+    @property
+    def known(self) -> list[bool]:
+        """Which rows the model knows, asked directly or in other words."""
+        return [any(row) for row in zip(self.direct.known, self.reworded.known, strict=True)]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -115,7 +120,7 @@ def answer_recall(question: str, answer: str, generation: str) -> float:
 def was_known(before: Scores) -> bool:
     """Whether the model knew more of the forget rows than chance explains: more than a tenth, or one
     whose whole answer it says with a probability above a half."""
-    known = before.direct.known
+    known = before.known
     certain = zip(known, before.direct.rows, before.still_answered, strict=False)
     return sum(known) > CHANCE * len(known) or any(k and s and p > 0.5 for k, p, s in certain)
 
@@ -124,7 +129,7 @@ def left_rows(known: Sequence[bool], after: Scores) -> list[bool]:
     """Which rows a model still or newly knows, asked directly or in other words."""
     answered = after.still_answered or [False] * len(known)
     still = [k and s for k, s in zip(known, answered, strict=True)]
-    return [any(row) for row in zip(after.direct.known, after.reworded.known, still, strict=True)]
+    return [any(row) for row in zip(after.known, still, strict=True)]
 
 
 def returned(before: Asked, after: Asked) -> list[bool]:
@@ -187,7 +192,7 @@ def judge(
         requests: see :func:`each_has_gone`; they were found known by an earlier test.
         known: which rows count as known; by default those that were ``before``.
     """
-    known, count = known or before.direct.known, len(before.direct.known)
+    known, count = known or before.known, len(before.known)
     numbers = _numbers(before, after, known)
     ends = f". {note}" if note else ""
     if untested:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Optional
@@ -66,12 +67,12 @@ def examine(
         subject = Subject(lm, tokenizer, {"seed": seed}, False).ready()
         questions = Questions(subject, rows, seed, draws)
         direct = questions.recalled(questions.ask(reworded=False), reworded=False)
-        flags = [any(pair) for pair in zip(known or direct.known, direct.known, strict=True)]
-        answered = questions.still_answered(flags)
         reworded = questions.recalled(questions.ask(reworded=True), reworded=True)
+        scores = Scores(direct, reworded, ())
+        flags = [any(pair) for pair in zip(known or scores.known, scores.known, strict=True)]
+        scores = replace(scores, still_answered=questions.still_answered(flags))
     finally:
         origin.move_back()
-    scores = Scores(direct, reworded, (), still_answered=answered)
     return judged(scores, flags, questions.draws, any(known))
 
 
