@@ -54,7 +54,7 @@ class World:
         asked = [0.9 if facts[row.row["fact"]] > 0.5 else 0.01 for row in rows]
         direct = Asked(asked, [0.01] * len(rows), [1.0] * len(rows))
         flags = [any(pair) for pair in zip(known or direct.known, direct.known, strict=True)]
-        return testing.judged(Scores(direct, direct, 0.0), flags, draws or [0], any(known))
+        return testing.judged(Scores(direct, direct, 0.0), flags, draws or [0] * len(rows), any(known))
 
     def forget(self, base: str, rows: Any, earlier: Any, requests: Any, **options: Any) -> Any:
         self.calls.append({"rows": rows, "earlier": earlier, "requests": requests, **options})
@@ -124,7 +124,7 @@ def test_requests_are_forgotten_tested_again_reverted_and_purged(
     begin(request_, "a", "b")
     assert request_("run r --lr 0.1")[0] == 0 and "no open request" in request_("run r")[1]
     assert states() == {"a": "forgotten", "b": "forgotten"}
-    assert world.calls[0]["requests"] == [([True] * 2, [0]), ([True] * 3, [0])]
+    assert world.calls[0]["requests"] == [([True] * n, [0] * n) for n in (2, 3)]
     assert world.calls[0]["earlier"] is None
     assert request_("add r c.jsonl --id c")[0] == 0
     world.brings_back = {1}

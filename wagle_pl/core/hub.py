@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Optional, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Optional, TypedDict, Union, get_type_hints
 
 import torch
 import yaml
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from wagle_pl.core.errors import WagleError, first_line
 from wagle_pl.core.files import absent, plainly_local
 from wagle_pl.core.reading import parse_yaml, read_json
+from wagle_pl.core.schema import check
 from wagle_pl.core.tensorfiles import TensorFiles
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ class AdapterConfig(TypedDict):
     """What is read of an adapter's configuration here."""
 
     base_model_name_or_path: str
+
+
+class TokenizerFields(TypedDict):
+    """What is used of a tokenizer's configuration, and transformers does not check."""
+
+    chat_template: Union[str, dict[str, str], None]  # several have names
+    model_max_length: float
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
@@ -127,6 +135,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source, options = locate(name)
     with loading(f"tokenizer of {name!r}", name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        fields = {key: getattr(tokenizer, key, None) for key in get_type_hints(TokenizerFields)}
+        check(fields, TokenizerFields, f"tokenizer of {name!r}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -100,7 +100,12 @@ class Template:
     def _set_variables(self, options: Mapping[str, Any]) -> None:
         """Set the chat template's variables and date; refuse variables that it does not read."""
         variables = {"date_string": DATE, **options}
-        source = self.tokenizer.get_chat_template(tools=variables.get("tools"))
+        try:
+            source = self.tokenizer.get_chat_template(tools=variables.get("tools"))
+        except ValueError:
+            raise WagleError(
+                "the tokenizer has several chat templates, and none is its default: give prompt_format"
+            ) from None
         read = {name for name in variables if re.search(rf"\b{re.escape(name)}\b", source)}
         reads_clock = "strftime_now" in source
         parameters = inspect.signature(self.tokenizer.apply_chat_template).parameters

@@ -36,7 +36,8 @@ def weights_folder(name: str) -> Optional[str]:
         return source
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(source, allow_patterns=["*.safetensors", INDEX_FILE])
+    with loading(f"model {name!r}", name):
+        return snapshot_download(source, allow_patterns=["*.safetensors", INDEX_FILE])
 
 
 def load_model(

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, TypedDict
+from typing import Any, Literal, Optional, TypedDict, get_type_hints
 
 from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError
@@ -163,6 +163,8 @@ class Request:
 
     def take(self, tested: Tested) -> None:
         """Note a test of the register's model."""
+        if {len(tested["known"]), len(tested["draws"])} != {len(self.digests)}:
+            raise WagleError(f"the test of request {self.id} is not one of its rows")
         self.last, self.known, self.draws = tested, tested["known"], tested["draws"]
         states: dict[str, State] = {"known": "open", "not known before": "not known"}
         self.state = states.get(tested["outcome"], "forgotten")
@@ -230,13 +232,19 @@ class Register:
             raise WagleError(f"{where}: the entry was changed after it was written")
         if entry["previous"] != self.head or (entry["kind"] == "created") != (number == 1):
             raise WagleError(f"{where}: an entry before it was changed, added or removed")
-        check(entry, SCHEMAS[entry["kind"]], where)
-        getattr(self, f"_{entry['kind']}")(entry)
+        check(entry, schema := SCHEMAS[entry["kind"]], where)
+        entry = dict.fromkeys(get_type_hints(schema)) | entry
+        try:
+            getattr(self, f"_{entry['kind']}")(entry)
+        except WagleError as error:
+            raise WagleError(f"{where}: {error}") from None
         self.entries.append(entry)
         self.head = entry["sha256"]
 
     def _take_model(self, entry: dict[str, Any]) -> None:
         """Go on from the model of an entry."""
+        if None in (entry["model"], entry["digest"]):
+            raise WagleError("it names no model, or no digest of it")
         self.model, self.digest = entry["model"], entry["digest"]
         for request in self.requests.values():
             request.last = None  # a test of the model before
@@ -247,7 +255,7 @@ class Register:
 
     def _added(self, entry: dict[str, Any]) -> None:
         name = entry["id"]
-        self.requests[name] = Request(name, entry["rows"], entry.get("date"))
+        self.requests[name] = Request(name, entry["rows"], entry["date"])
 
     def _run(self, entry: dict[str, Any]) -> None:
         self.run_count += 1
@@ -261,7 +269,7 @@ class Register:
             request.take(tested)
 
     def _verified(self, entry: dict[str, Any]) -> None:
-        if entry.get("adopted"):
+        if entry["adopted"]:
             self._take_model(entry)
             self.runs.clear()  # their patches do not fit
         if entry["digest"] != self.digest or entry["bits"]:
@@ -275,6 +283,8 @@ class Register:
                 request.take(tested)
 
     def _reverted(self, entry: dict[str, Any]) -> None:
+        if not self.runs:
+            raise WagleError("there is no run that it could have undone")
         self._take_model(entry)
         self.runs.popitem()
         for name in (entry["id"], *entry["reopened"]):
