@@ -6,15 +6,19 @@ import json
 import os
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypedDict, Union
 
+import pyarrow
 import pytest
 import torch
-from helpers import LLAMA, RUN, changed, places
+from helpers import LLAMA, RUN, changed, places, slow
 from safetensors.torch import save_file
 
+from wagle_pl.api.rows import row_digest, rows_of
 from wagle_pl.attribution.stored import StoredScores, write_scores
 from wagle_pl.cli.mask import info
 from wagle_pl.core.errors import WagleError
@@ -22,10 +26,25 @@ from wagle_pl.core.hub import card_of
 from wagle_pl.core.reading import parse_json, read_json
 from wagle_pl.core.schema import Count, Digits, check
 from wagle_pl.core.tensorfiles import TensorFile, TensorFiles, sealed
+from wagle_pl.data.example import parse_rows
+from wagle_pl.data.people import bundled
 from wagle_pl.data.rows import load_rows
-from wagle_pl.evaluation.results import Results, write_json, write_table
+from wagle_pl.data.template import Template
+from wagle_pl.evaluation.results import Results, load_table, table_key, write_json, write_table
+from wagle_pl.lab.requests import commands as requests
+from wagle_pl.lab.requests import register as registers
+from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE
+from wagle_pl.lab.study.recovery import at_the_level
+from wagle_pl.lab.study.report.page import render
+from wagle_pl.lab.study.report.sources import gather
+from wagle_pl.lab.study.runs import RunTable, locked
+from wagle_pl.lab.study.summary import Compared, compared_at, summarise
+from wagle_pl.lm.inference import generate
+from wagle_pl.lm.models import checkpoint_dtype, load_model, load_tokenizer
 from wagle_pl.lm.saving import read_record
+from wagle_pl.lm.tiny import create_tiny_llama
 from wagle_pl.masks import WeightMask
+from wagle_pl.masks.parts import split
 from wagle_pl.strategies import ShardedCheckpoint
 from wagle_pl.strategies.checkpoint import Piece, save
 from wagle_pl.unlearning.export import model_card
@@ -125,6 +144,20 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         load_rows("a\0b.json")
 
 
+@pytest.mark.parametrize("lock", [locked, registers.locked])
+def test_a_lock_that_is_no_file(tmp_path: Path, lock: Callable[[Path], Any]) -> None:
+    with lock(tmp_path):
+        (file,) = tmp_path.iterdir()
+    for make in (file.mkdir, lambda: file.symlink_to(file)):
+        file.rmdir() if file.is_dir() else file.unlink()
+        make()
+        with (
+            pytest.raises(WagleError, match=f"{file.name} cannot be locked .*: remove it"),
+            lock(tmp_path),
+        ):
+            pass
+
+
 # -- any key and any byte --------------------------------------------------------------------------
 
 
@@ -134,6 +167,7 @@ class Door(NamedTuple):
     make: Callable[[Path], Path]  # writes a whole file in a folder, and returns its path
     read: Callable[[Path], Any]  # reads it, uses all of it, and returns what it means
     exact: bool = False  # whether any damage shows; else it may be in the payload, see below
+    most: int = 10**6  # how many changes are tried, in a quick run
 
 
 def make_mask(folder: Path) -> Path:
@@ -147,6 +181,11 @@ def make_mask(folder: Path) -> Path:
     both = mask & other
     both.metadata |= {"unit": "head", "units": {"0": [1, 2]}, "as_rows": ["a"], "passes": 1.5}
     return both.save(folder / "mask")
+
+
+def make_part(folder: Path) -> Path:
+    (*_, part) = split(WeightMask.load(make_mask(folder)), 2)
+    return part.save(folder / "part")
 
 
 def read_mask(path: Path) -> Any:
@@ -309,8 +348,187 @@ def make_card(folder: Path) -> Path:
     return folder / "README.md"
 
 
+@cache
+def texts() -> list[str]:
+    return [row[column] for row in bundled("forget")[:4] for column in ("question", "answer")]
+
+
+def make_model(file: str) -> Callable[[Path], Path]:
+    """Makes a model, and returns the path of one of its files."""
+
+    def make(folder: Path) -> Path:
+        sizes = {"vocab_size": 280, "hidden_size": 8, "layers": 1, "heads": 2}
+        return create_tiny_llama(folder / "model", texts(), **sizes) / file
+
+    return make
+
+
+def read_model(path: Path) -> Any:
+    name = str(path.parent)
+    tokenizer, lm = load_tokenizer(name), load_model(name, checkpoint_dtype(name))
+    template = Template(tokenizer)
+    examples = parse_rows([{"question": "Who?", "answer": "I."}], "rows")
+    ids = template.encode(examples[0])["input_ids"]
+    with torch.no_grad():
+        shape = lm(input_ids=torch.tensor([ids])).logits.shape
+    return ids, shape, generate(lm, tokenizer, [template.encode_prompt(examples[0])], 2)
+
+
+ROWS: list[dict[str, Any]] = [
+    {"question": "Who?", "answer": "I.", "perturbed_answer": ["You."], "paraphrased_answer": "Me."},
+    {"prompt": "Say it", "response": "It."},
+    {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]},
+    {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]},
+    {"text": "It meets in Sibiu."},
+]
+
+
+def make_rows(folder: Path) -> Path:
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return folder / "rows.jsonl"
+
+
+def make_row_table(folder: Path) -> Path:
+    write_table(folder / "rows.parquet", [ROWS[0], {**ROWS[0], "answer": "You."}], {})
+    return folder / "rows.parquet"
+
+
+def read_rows(path: Path) -> Any:
+    examples = parse_rows(load_rows(str(path)), str(path))
+    given = parse_rows(rows_of(path, "rows").rows, str(path))
+    template = small_template()
+    for example in examples:
+        template.encode_prompt(example)
+        if example.kind != "prompt":
+            template.encode(example)
+    return [row_digest(row, "salt") for row in given]
+
+
+@cache
+def small_template() -> Template:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TOKENIZER[0])
+    return Template(tokenizer)
+
+
+TOKENIZER: list[str] = []  # folder of the tokenizer of rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokenizer_of_rows(tiny_model: str) -> None:
+    TOKENIZER.append(tiny_model)
+
+
+SETTINGS: dict[str, Any] = {"target": "0" * 64, "steps": 2, "ends_at": None}
+CURVE = [f"robustness/relearn/forget/probability_step_{step}" for step in (0, 1)]
+TARGET = {"forget/probability": 0.9, "retain/probability": 0.6, CURVE[0]: 0.9, CURVE[1]: 0.9}
+BY = Compared("forget/probability", "retain/probability", TARGET, 0.5)
+
+
+def make_study(folder: Path) -> list[dict[str, Any]]:
+    """A study of two masks, and the rows of its table."""
+    rows = []
+    for (mask, score, density), seed, step in product(
+        (("dense", None, 1.0), ("wagle", "WAGLE", 0.2)), (0, 1), (2, 4)
+    ):
+        forget = 0.9 - 0.2 * step * density**0.5 - 0.01 * seed
+        row = {"objective": "NPO", "mask": mask, "score": score, "density": density, "lr": 1e-3}
+        row |= {"seed": seed, "step": step, "run": f"{mask} {seed}", "seconds": 1.5, "note": None}
+        row |= {"objective_id": "ab", "mask_id": "cd", "forget": forget, "utility": forget / 2}
+        row |= {BY.forget: forget, BY.utility: forget / 2, CURVE[0]: forget, CURVE[1]: 0.8}
+        rows.append(row)
+    summary: dict[str, Any] = {**BY._asdict(), "forget_level": BY.level, "retrained": TARGET}
+    summary |= {"runs": {"finished": 4, "planned": 4}, "settings": SETTINGS}
+    summary |= {"headline": summarise(rows, BY), "ends": at_the_level(rows, BY, TARGET)}
+    write_json(folder / SUMMARY_FILE, json.loads(json.dumps(summary)))
+    write_table(folder / TABLE_FILE, rows, SETTINGS)
+    return rows
+
+
+def make_study_table(folder: Path) -> Path:
+    make_study(folder)
+    return folder / TABLE_FILE
+
+
+def read_study_table(path: Path) -> Any:
+    table = RunTable(path.parent, SETTINGS)
+    table.join([str(path.parent)])
+    assert gather([str(path.parent)]).studies[0].rows == table.rows
+    return summarise(table.rows, BY), at_the_level(table.rows, BY, TARGET)
+
+
+def make_summary(folder: Path) -> Path:
+    make_study(folder)
+    return folder / SUMMARY_FILE
+
+
+def read_summary(path: Path) -> Any:
+    """The page of the study, at its level and at another."""
+    sources = gather([str(path.parent)])
+    (study,) = sources.studies
+    page = render(sources)
+    study.summary = compared_at(study.summary, study.rows, 0.55)
+    return page, render(sources)
+
+
+def make_register(folder: Path) -> Path:
+    rows = [{"question": "Who?", "answer": "I."}]
+    register = registers.Register(folder)
+    (folder / "rows").mkdir()
+    for name in "ab":
+        (folder / f"rows/{name}.jsonl").write_text(json.dumps(rows[0]))
+    register.begin("2026-01-01", "models/0", "0" * 64)
+    digests = [row_digest(row, register.salt) for row in parse_rows(rows, "rows")]
+    for name, date in (("a", "2026-01-02"), ("b", None)):
+        register.append("added", date, id=name, rows=digests)
+    means = {"probability": 0.5, "unseen": 0.01, "reworded": 0.4}
+    tested = {"outcome": "forgotten", "known": [True], "draws": [0], "left": 0}
+    tests = {"a": {**tested, "before": means, "after": means}}
+    files = {name: {"file": f"patches/1.{name}", "sha256": "2" * 64} for name in ("mask", "patch")}
+    about = {"base": "0" * 64, "model": "models/1", "digest": "1" * 64, "rejected": None}
+    about |= {
+        "reopened": [],
+        "outcome": "forgotten",
+        "retain": [0.9, 0.8],
+        "settings": {"lr": 1e-3},
+    }
+    register.append("run", None, **about, **files, requests=tests)
+    about = {"model": "models/1", "adopted": False, "digest": "1" * 64, "bits": None}
+    register.append("verified", None, **about, requests=tests)
+    register.append("reverted", None, id="a", reopened=[], model="models/2", digest="0" * 64)
+    register.append("purged", None, id="a")
+    return register.path
+
+
+def read_register(path: Path) -> Any:
+    register = registers.Register.read(path.parent)
+    requests.list_requests(str(path.parent))
+    for name in register.requests:
+        requests.show(str(path.parent), name)
+    register.sweep()
+    return register.entries, [register.rows(request) for request in register.testable()]
+
+
+def make_head(folder: Path) -> Path:
+    make_register(folder)
+    return folder / registers.HEAD_FILE
+
+
+def chained(entries: Sequence[Any]) -> bytes:
+    """A register of entries whose digests fit, where entries have any."""
+    previous, lines = "", []
+    for entry in entries:
+        if isinstance(entry, dict) and "sha256" in entry:
+            entry = {**entry, "previous": previous}
+            entry["sha256"] = previous = registers._digest(entry)
+        lines.append(f"{json.dumps(entry)}\n")
+    return "".join(lines).encode()
+
+
 DOORS = {
     "mask": Door(make_mask, read_mask, exact=True),
+    "part of a mask": Door(make_part, read_mask, exact=True),
     "patch": Door(make_a_patch, read_patch, exact=True),
     "record": Door(make_record, read_a_record),
     "scores": Door(make_scores, read_scores),
@@ -321,6 +539,16 @@ DOORS = {
     "openunlearning": Door(make_open, read_results),
     "checkpoint": Door(make_checkpoint, read_checkpoint),
     "weight index": Door(make_weight_index, lambda path: TensorFiles(path.parent).names),
+    "configuration": Door(make_model("config.json"), read_model, most=15),
+    "generation": Door(make_model("generation_config.json"), read_model, most=10),
+    "tokenizer configuration": Door(make_model("tokenizer_config.json"), read_model, most=15),
+    "tokenizer": Door(make_model("tokenizer.json"), read_model, most=15),
+    "rows": Door(make_rows, read_rows),
+    "row table": Door(make_row_table, read_rows),
+    "study table": Door(make_study_table, read_study_table, most=20),
+    "study summary": Door(make_summary, read_summary, most=2),
+    "register": Door(make_register, read_register, most=200),
+    "head": Door(make_head, read_register),
     "card": Door(make_card, lambda path: card_of(str(path.parent), "wagle_pl", "text")),
 }
 OTHERS = [
@@ -370,10 +598,17 @@ TEXTS = ("base", "unlearned", "format", "format_version")  # metadata that are n
 def contents(path: Path, content: bytes) -> Iterator[bytes]:
     """The file with each key dropped, or of another type: of JSON, or of a safetensors file's metadata, in which case
     with a digest that fits."""
+    if path.suffix == ".parquet":
+        yield from tables(path)
+        return
     if path.suffix not in (".safetensors", ".patch", ".scores"):
-        whole = json.loads(content)
-        for at in places(whole):
-            yield from (json.dumps(changed(whole, at, other)).encode() for other in (..., *OTHERS))
+        lines = path.suffix == ".jsonl"
+        whole = [*map(json.loads, content.splitlines())] if lines else json.loads(content)
+        for at, other in product(places(whole), (..., *OTHERS)):
+            new = changed(whole, at, other)
+            is_long = at[:1] == ("model",) and len(at) > 3  # one of the tokenizer's words
+            if not is_long:
+                yield chained(new) if lines and isinstance(new, list) else json.dumps(new).encode()
         return
     end = 8 + struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8:end])
@@ -390,11 +625,35 @@ def contents(path: Path, content: bytes) -> Iterator[bytes]:
             yield struct.pack("<Q", len(entries)) + entries + content[end:]
 
 
-def test_every_key_dropped_and_retyped(door: tuple[Door, Path, bytes]) -> None:
+def tables(path: Path) -> Iterator[bytes]:
+    """The table with each column dropped, or of another type in its first row or in all, where a column can hold
+    that; and with another key."""
+    rows, key, others = (
+        load_table(path),
+        table_key(path),
+        (..., None, 3, float("nan"), "x", {"a": 1}),
+    )
+    news = [
+        ([changed(row, (column,), other) if i < some else row for i, row in enumerate(rows)], key)
+        for column, other, some in product(rows[0], others, (1, len(rows)))
+    ]
+    news += [(rows, changed(key, at, o)) for at in places(key) for o in others if at]
+    for new, other_key in news:
+        try:
+            write_table(path, new, other_key)
+        except (pyarrow.ArrowException, OverflowError, UnicodeError):
+            continue
+        yield path.read_bytes()
+
+
+@pytest.mark.parametrize("whole", [False, slow(True)])
+def test_every_key_dropped_and_retyped(door: tuple[Door, Path, bytes], whole: bool) -> None:
     kind, path, content = door
     assert outcome(kind, path, content) is not None
-    if path.suffix not in (".parquet", ".md"):
-        for new in contents(path, content):
+    if path.suffix != ".md":
+        path.write_bytes(content)
+        news = [*contents(path, content)]
+        for new in news if whole else random.Random(0).sample(news, min(kind.most, len(news))):
             outcome(kind, path, new)
 
 
@@ -403,7 +662,8 @@ def test_any_byte_flipped_or_cut(door: tuple[Door, Path, bytes], most: int) -> N
     """The damage shows, or is harmless, or (``exact`` is false) in the payload itself: a text or number of JSON."""
     kind, path, content = door
     before, draw = outcome(kind, path, content), random.Random(0)
-    for index in draw.sample(range(len(content)), min(most, len(content))):
+    most = min(most, len(content), kind.most * most // 40)
+    for index in draw.sample(range(len(content)), most):
         values = draw.sample(range(1, 256), max(1, most // len(content)))
         flipped = (bytes([content[index] ^ value]) + content[index + 1 :] for value in values)
         for rest in (b"", *flipped):

@@ -43,7 +43,13 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         row = {"objective": objective, "mask": mask, "score": "Wagle", "density": density, "lr": lr}
         forget = 0.9 - at * lr * 100 * density - 0.001 * seed
         row |= {"seed": seed, "step": at, "run": f"{objective}-{mask}-{density}-{lr}-{seed}"}
-        row |= {"forget": forget, "utility": 0.5 + forget / 10, "seconds": 1.5 * at}
+        row |= {
+            "objective_id": objective,
+            "mask_id": mask,
+            "forget": forget,
+            "utility": 0.5 + forget / 10,
+            "seconds": 1.5 * at,
+        }
         rows.append(row)
     Path("study").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), "study/study.parquet")
@@ -189,6 +195,7 @@ def test_the_page_says_what_study_md_says(published, report):
     told |= {"runs": {"finished": 100, "planned": 942}, "nothing_to_unlearn": True}
     told["headline"][0] |= {"diverged": 2, "model_utility": 0.7}
     end = {"objective": "NPO", "mask": "dense", "measure": HALF, "what": "relearn_retain"}
+    end |= {"why": "", "values": {}}
     end |= {
         "mean": 12.34,
         "std": None,

@@ -54,7 +54,9 @@ class World:
         asked = [0.9 if facts[row.row["fact"]] > 0.5 else 0.01 for row in rows]
         direct = Asked(asked, [0.01] * len(rows), [1.0] * len(rows))
         flags = [any(pair) for pair in zip(known or direct.known, direct.known, strict=True)]
-        return testing.judged(Scores(direct, direct, 0.0), flags, draws or [0] * len(rows), any(known))
+        return testing.judged(
+            Scores(direct, direct, 0.0), flags, draws or [0] * len(rows), any(known)
+        )
 
     def forget(self, base: str, rows: Any, earlier: Any, requests: Any, **options: Any) -> Any:
         self.calls.append({"rows": rows, "earlier": earlier, "requests": requests, **options})

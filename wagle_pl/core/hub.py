@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Optional, TypedDict, Union, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Optional, TypedDict, Union
 
 import torch
 import yaml
@@ -33,11 +33,8 @@ class AdapterConfig(TypedDict):
     base_model_name_or_path: str
 
 
-class TokenizerFields(TypedDict):
-    """What is used of a tokenizer's configuration, and transformers does not check."""
-
-    chat_template: Union[str, dict[str, str], None]  # several have names
-    model_max_length: float
+#: What is used of a tokenizer's configuration, and transformers does not check.
+TOKENIZER = {"chat_template": Union[str, dict[str, str], None], "model_max_length": float}
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
@@ -135,8 +132,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source, options = locate(name)
     with loading(f"tokenizer of {name!r}", name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        fields = {key: getattr(tokenizer, key, None) for key in get_type_hints(TokenizerFields)}
-        check(fields, TokenizerFields, f"tokenizer of {name!r}")
+        for key, kind in TOKENIZER.items():
+            check(getattr(tokenizer, key, None), kind, f"tokenizer of {name!r}", key)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -34,15 +34,16 @@ def hold(path: Path, busy: str) -> FileLock:
         path: the file; its folder is created.
         busy: start of the error message if another process holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0.2, thread_local=False)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise WagleError(f"{busy}: wait for it, or choose another output") from None
     except OSError as error:
         if error.errno not in (errno.ENOTSUP, errno.ENOLCK):
-            raise
+            why = f"{path} cannot be locked ({error.strerror}): remove it, or choose another output"
+            raise WagleError(why) from None
         log.warning("this disk has no locks (%s): start no second run", path)
     return lock
 
@@ -60,12 +61,7 @@ def reserve(output: Path, overwrite: bool, kind: Literal["file", "folder", "file
     def lock() -> None:
         release(output)
         path, busy = output.with_name(f".{output.name}.lock"), f"another run writes {output}"
-        try:
-            _locks[output] = hold(path, busy)
-        except OSError as error:
-            raise WagleError(
-                f"output {output} cannot be written ({error.strerror}): choose another"
-            ) from None
+        _locks[output] = hold(path, busy)
 
     refuse_existing(output, overwrite, kind=kind)
     distributed.on_rank_zero(lock)

@@ -77,6 +77,19 @@ def check(value: Any, kind: Any, where: str, key: str = "") -> Any:
     return value
 
 
+def filled(value: Any, kind: Any) -> Any:
+    """A copy of a value that :func:`check` accepts, with None for keys that may be missing and are."""
+    kind = next(option for option in _options(kind) if _fits(value, option))
+    if is_typeddict(kind):
+        fields = _fields(kind).items()
+        return {**value, **{name: filled(value.get(name), inner) for name, inner in fields}}
+    if get_origin(kind) is dict:
+        return {name: filled(item, get_args(kind)[1]) for name, item in value.items()}
+    if get_origin(kind) is list:
+        return [filled(item, get_args(kind)[0]) for item in value]
+    return value
+
+
 def schema_of(value: Any, integer: Any = float) -> Any:
     """The schema of what is like a value: with its keys, types and lengths of lists; what is None
     may be anything.

@@ -336,7 +336,9 @@ def write_table(path: Path, rows: Table, key: Mapping[str, Any]) -> None:
         pyarrow.parquet.write_table(table, temporary, write_page_checksum=True)
 
 
-def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> Optional[Table]:
+def read_table(
+    path: Path, key: Mapping[str, Any], overwrite: bool = False, kind: Any = TestedRow
+) -> Optional[Table]:
     """Records of a table written with the same ``key``; None if there is none. A damaged table, or
     one with another key, is an error that says what differs; with ``overwrite`` it is None."""
     if not path.is_file():
@@ -344,7 +346,7 @@ def read_table(path: Path, key: Mapping[str, Any], overwrite: bool = False) -> O
     try:
         written = table_key(path)
         if written == key:
-            return load_table(path)
+            return load_table(path, kind)
         differ = sorted(name for name in {*written, *key} if written.get(name) != key.get(name))
         mistake = f"{path} holds results of another test (other {', '.join(differ)})"
     except WagleError as error:
@@ -361,15 +363,17 @@ def table_key(path: Path) -> dict[str, Any]:
     return parse_json(key, f"{path}: its metadata", dict[str, Any])
 
 
-def load_table(path: Path) -> Table:
+def load_table(path: Path, kind: Any = Any) -> Table:
+    """Records of a table, each of the schema ``kind``."""
     with _parquet(path) as parquet:
-        return parquet.read_table(path, page_checksum_verification=True).to_pylist()
+        rows = parquet.read_table(path, page_checksum_verification=True).to_pylist()
+    return check(rows, list[kind], str(path))
 
 
 def load_tables(folder: Path) -> dict[str, Table]:
     """Test set -> its records, of a folder that a test wrote."""
     files = sorted(folder.glob("*.parquet"))
-    return {file.stem: check(load_table(file), list[TestedRow], str(file)) for file in files}
+    return {file.stem: load_table(file, TestedRow) for file in files}
 
 
 @contextmanager

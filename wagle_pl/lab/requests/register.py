@@ -23,13 +23,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, TypedDict, get_type_hints
+from typing import Any, Literal, Optional, TypedDict
 
 from wagle_pl.cli import LazyModule
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import absent, write_text
 from wagle_pl.core.reading import parse_json, read_json, read_text
-from wagle_pl.core.schema import Count, Json, check
+from wagle_pl.core.schema import Count, Json, check, filled
 
 rows_of_api = LazyModule("wagle_pl.api.rows")
 parsing = LazyModule("wagle_pl.data.example")
@@ -233,7 +233,7 @@ class Register:
         if entry["previous"] != self.head or (entry["kind"] == "created") != (number == 1):
             raise WagleError(f"{where}: an entry before it was changed, added or removed")
         check(entry, schema := SCHEMAS[entry["kind"]], where)
-        entry = dict.fromkeys(get_type_hints(schema)) | entry
+        entry = filled(entry, schema)
         try:
             getattr(self, f"_{entry['kind']}")(entry)
         except WagleError as error:

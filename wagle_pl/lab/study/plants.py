@@ -30,6 +30,7 @@ from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.needs import Needs
 from wagle_pl.core.registry import Entry
+from wagle_pl.core.schema import Count
 from wagle_pl.core.text import count, markdown_table, table
 from wagle_pl.core.weights import fingerprint, parameter_shapes
 from wagle_pl.data.module import ForgetRetainDataModule
@@ -57,10 +58,11 @@ from wagle_pl.objectives.forget import GradDiff
 from wagle_pl.unlearning import UnlearnModule
 
 TABLE_FILE = "plants.parquet"
-COLUMNS = (
-    *("plant", "seed", "score", "run", "density", "forget", "retain", "steps", "seconds"),
-    *("auroc", "precision", "auroc_before", "precision_before"),
-)
+COLUMNS = {
+    **{"plant": str, "seed": int, "score": str, "run": str, "density": float, "forget": float},
+    **{"retain": float, "steps": Count, "seconds": float, "auroc": float, "precision": float},
+    **{"auroc_before": float, "precision_before": float},
+}
 Key = tuple[str, int]  # a plant and a seed
 Found = tuple[float, float]  # AUROC and precision
 
@@ -269,7 +271,7 @@ class Plants:
         }
         rows = []
         for (score, _), measured in after.items():
-            numbers = zip(COLUMNS[-4:], (*measured, *before[score, key]), strict=True)
+            numbers = zip([*COLUMNS][-4:], (*measured, *before[score, key]), strict=True)
             rows.append({**shared, "score": score, **dict(numbers)})
         return rows
 

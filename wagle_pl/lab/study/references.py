@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypedDict
 
 import lightning as L
 
@@ -48,6 +48,13 @@ def attacks_of(attacks: Sequence[Attack]) -> dict[str, Any]:
         options = {k: v for k, v in vars(attack).items() if v != usual.get(k)}
         definitions.append(definition(type(attack), options))
     return {"attacks": definitions} if definitions else {}
+
+
+class Measured(TypedDict):
+    """A row of a table of measures under attack."""
+
+    measure: str
+    value: float
 
 
 @dataclass(eq=False)
@@ -102,7 +109,7 @@ class References:
         file = self.folder / f"attacked_{name}.parquet"
         key = {"model": module.model_fingerprint, **attacks_of(self.attacks)}
         key |= rows_of(self.data, self.data.test_names())
-        rows = read_table(file, key, overwrite=not (self.folder / TABLE_FILE).is_file())
+        rows = read_table(file, key, not (self.folder / TABLE_FILE).is_file(), Measured)
         if rows is None:
             tables = Results.read(self.folder / name).tables
             measures = self.attack(trainer, module, module.evaluation, tables)

@@ -25,10 +25,11 @@ from wagle_pl.data.module import ForgetRetainDataModule
 from wagle_pl.evaluation import Evaluation, Options, Plan
 from wagle_pl.evaluation.observe import GENERATED
 from wagle_pl.evaluation.records import defined_only
-from wagle_pl.evaluation.results import load_table, table_key, write_table
+from wagle_pl.evaluation.results import table_key, write_table
 from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lab.study import TABLE_FILE
 from wagle_pl.lab.study.grid import MaskChoice, passes
+from wagle_pl.lab.study.summary import COLUMNS, load_runs
 from wagle_pl.unlearning import UnlearnModule
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,6 @@ Generate = Literal["end", "always", "never"]
 Along = Literal["all", "answers"]
 
 LOCK_FILE = "study.lock"
-#: First columns of the table; measures follow.
-COLUMNS = (
-    *("objective", "mask", "score", "density", "lr", "seed", "step", "run", "forget", "utility"),
-    *("seconds", "note", "objective_id", "mask_id"),
-)
 #: Columns of a record that tests of the answers' probability observe.
 _OF_ANSWERS = frozenset({"row", "question", "answer", "nll", "tokens", "cut"})
 #: Columns that only a generated answer has, in addition to those of paraphrased questions.
@@ -213,7 +209,7 @@ class RunTable:
         folder: Path,
         settings: Mapping[str, Any],
         file: str = TABLE_FILE,
-        columns: Sequence[str] = COLUMNS,
+        columns: Mapping[str, Any] = COLUMNS,
     ) -> None:
         self.path, self.columns = folder / file, columns
         self.settings = json.loads(json.dumps(settings))
@@ -253,7 +249,7 @@ class RunTable:
         if differing := sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)):
             message = f"{path} holds runs with other settings ({', '.join(differing)})"
             raise WagleError(f"{message}: {hint}")
-        return load_table(path)
+        return load_runs(path, self.columns)
 
 
 @contextmanager

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
 import pandas as pd
 
 from wagle_pl.core.errors import WagleError
+from wagle_pl.core.schema import Count, check
+from wagle_pl.evaluation.results import load_table
 
 Row = Mapping[str, Any]
 Points = Sequence[tuple[float, float]]
@@ -24,22 +27,53 @@ Arm = tuple[str, str]  # names of an objective and of a mask
 #: Measures at the ends of runs, where a suite has them: TOFU's and those of WAGLE's tables.
 AT_END = ("model_utility", "ue_average", "ut_average")
 
-#: Schema of an arm in ``study.json``, and of the file, as far as a report reads them.
-_ARM: dict[str, Any] = dict.fromkeys(("objective", "mask", "verdict", "why"), str)
-_ARM |= dict.fromkeys(("mean", "std", "difference", "p", "steps", *AT_END), Optional[float])
-_ARM |= {"n": int, "seeds": int, "reached": float, "area": dict[str, Optional[float]]}
-_EQUAL: dict[str, Any] = dict.fromkeys(("difference", "p", "steps"), Optional[float])
-_EQUAL |= {"values": Optional[dict[str, float]]}
+#: First columns of a study's table; measures follow.
+COLUMNS: dict[str, Any] = {
+    **{"objective": str, "mask": str, "score": Optional[str], "density": Optional[float]},
+    **{"lr": float, "seed": int, "step": Count, "run": str, "forget": Optional[float]},
+    **{"utility": Optional[float], "seconds": float, "note": Optional[str]},
+    **{"objective_id": str, "mask_id": str},
+}
+
+
+def load_runs(path: Path, columns: Mapping[str, Any] = COLUMNS) -> list[dict[str, Any]]:
+    """The rows of a table: some columns of these types, others of measures."""
+    rows = load_table(path)
+    kinds = {**dict.fromkeys(rows[0] if rows else (), Optional[float]), **columns}
+    return check(rows, list[TypedDict("Run", kinds)], str(path))  # type: ignore[misc, operator]
+
+
+# The schema of ``study.json``, as far as a report reads it.
+
+
+class _Finished(TypedDict):
+    finished: Count
+    planned: Count
+
+
+class _Settings(TypedDict):
+    ends_at: Optional[dict[str, float]]
+
+
+_NUMBER: Any = Optional[float]
+_BY_SEED: Any = Optional[dict[str, float]]
+_CURVE: Any = Optional[list[tuple[float, float]]]
+_EQUAL: dict[str, Any] = {"difference": _NUMBER, "p": _NUMBER, "values": _BY_SEED}
+_BOTH: dict[str, Any] = dict.fromkeys(("objective", "mask", "verdict", "why"), str)
+_BOTH |= dict.fromkeys(("mean", "std", "difference", "p"), _NUMBER)
+_BOTH |= {"n": Count, "seeds": Count, "values": _BY_SEED, "curve": _CURVE}
+_ARM = {**_BOTH, **dict.fromkeys(("steps", *AT_END), _NUMBER), "reached": float}
+_ARM |= {"area": TypedDict("Area", {"mean": _NUMBER, "dense": _NUMBER})}  # type: ignore[operator]
 _ARM |= {"equal_steps": Optional[TypedDict("Equal", _EQUAL)]}  # type: ignore[misc, operator]
-_ARM |= {"values": Optional[dict[str, float]]}
-_ARM |= {"learning_rates": Optional[dict[str, Optional[float]]]}
-_ARM |= {"curve": Optional[list[tuple[float, float]]]}
-_SUMMARY: dict[str, Any] = {"forget": str, "utility": str, "forget_level": Optional[float]}
+_ARM |= {"learning_rates": _BY_SEED, "runs": Optional[Count], "diverged": Optional[Count]}
+_END = {**_BOTH, "measure": str, "what": str, "target": _NUMBER, "retrained": _NUMBER}
+_END |= {"values": dict[str, float], "retrained_curve": _CURVE}
+_SUMMARY: dict[str, Any] = {"forget": str, "utility": str, "forget_level": _NUMBER}
 _SUMMARY |= dict.fromkeys(("forget_sign", "utility_sign"), Optional[Literal[1, -1]])
-_SUMMARY |= dict.fromkeys(("target", "retrained"), Optional[dict[str, Optional[float]]])
-_SUMMARY |= {"runs": Optional[dict[str, int]], "settings": Optional[dict[str, Any]]}
-_SUMMARY |= {"ends": Optional[list[dict[str, Any]]]}
+_SUMMARY |= dict.fromkeys(("target", "retrained"), Optional[dict[str, _NUMBER]])
+_SUMMARY |= {"runs": Optional[_Finished], "settings": Optional[_Settings]}
 _SUMMARY |= {"headline": Optional[list[TypedDict("Arm", _ARM)]]}  # type: ignore[misc, operator]
+_SUMMARY |= {"ends": Optional[list[TypedDict("End", _END)]]}  # type: ignore[misc, operator]
 SUMMARY = TypedDict("SUMMARY", _SUMMARY)  # type: ignore[misc]
 
 LABELS = ("objective", "mask", "score", "density")
@@ -331,7 +365,10 @@ def compared_at(summary: Mapping[str, Any], rows: Sequence[Row], level: float) -
     if not all(map(summary.get, ("headline", "forget_sign", "utility_sign", "target", "settings"))):
         raise WagleError("it has not compared its arms yet, at its own level or --forget_level")
     signs = summary["forget_sign"], summary["utility_sign"]
-    by = Compared(summary["forget"], summary["utility"], summary["target"], level, *signs)
+    target = {name: float(value) for name, value in summary["target"].items() if value is not None}
+    by = Compared(summary["forget"], summary["utility"], target, level, *signs)
+    if not {by.forget, by.utility} <= target.keys():
+        raise WagleError(f"its target model has no {by.forget}, or no {by.utility}")
     ends = (summary["settings"].get("ends_at") or {}).get(by.forget)
     if by.nothing_to_unlearn or (ends is not None and by.end > by.forget_sign * ends):
         course = f"from {by.target[by.forget]:.4g}, the target's"

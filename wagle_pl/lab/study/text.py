@@ -60,7 +60,7 @@ def duration(seconds: float) -> str:
 
 def by_objective(summary: Summary) -> dict[str, list[Arm]]:
     """Objective -> its arms: the best utility at equal forgetting first, arms without it last."""
-    sign = summary.get("utility_sign", 1)
+    sign = summary.get("utility_sign") or 1
 
     def place(arm: Arm) -> tuple[bool, float, float]:
         mean = arm.get("mean")
@@ -200,7 +200,7 @@ def about(summary: Summary) -> list[str]:
     uneven = len({arm.get("runs") for arm in arms if arm.get("seeds")}) > 1
     if uneven and runs["finished"] < runs["planned"]:  # not by learning rates of their own
         lines.append("Arms have different numbers of finished runs so far: wait for the rest.")
-    if diverged := sum(arm.get("diverged", 0) for arm in arms):
+    if diverged := sum(arm.get("diverged") or 0 for arm in arms):
         what = count(diverged, "run")
         lines.append(f"{what} diverged (loss NaN or infinite); what was tested before that counts.")
     return lines

@@ -12,6 +12,7 @@ from typing import Any, Optional
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.reading import read_json
 from wagle_pl.core.records import Record
+from wagle_pl.core.schema import filled
 from wagle_pl.core.weights import mismatch
 from wagle_pl.evaluation.attacks.attack import RECORD, ROBUSTNESS_FILE
 from wagle_pl.evaluation.openunlearning import find_file
@@ -23,14 +24,13 @@ from wagle_pl.evaluation.results import (
     TestInfo,
     arrow,
     folder_of,
-    load_table,
     load_tables,
     table_key,
 )
 from wagle_pl.evaluation.suites import Suite, find_suite
 from wagle_pl.evaluation.tofu_result import Table
 from wagle_pl.lab.study import SUMMARY_FILE, TABLE_FILE
-from wagle_pl.lab.study.summary import SUMMARY
+from wagle_pl.lab.study.summary import SUMMARY, load_runs
 from wagle_pl.lm.saving import RECORD_FILE
 from wagle_pl.masks import WeightMask
 
@@ -243,11 +243,12 @@ def gather(
 def _read_study(folder: Path) -> StudyResults:
     if not (folder / TABLE_FILE).is_file():
         raise WagleError(f"it has no {TABLE_FILE} yet")
-    rows, notes = load_table(folder / TABLE_FILE), list[str]()
+    rows, notes = load_runs(folder / TABLE_FILE), list[str]()
     if not rows:
         raise WagleError(f"its {TABLE_FILE} has no rows yet")
     lost = "its comparison at equal forgetting"
     summary = _read_optional(folder / SUMMARY_FILE, SUMMARY, {}, notes, lost)
+    summary = filled(summary, SUMMARY) if summary else {}
     return StudyResults(folder.resolve().name, folder, rows, summary, notes)
 
 
