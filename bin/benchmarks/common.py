@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
@@ -69,6 +71,7 @@ class Settings:
     baseline_densities: int = 1  # that a baseline writes; the time is scaled to all
     shape: str = "0.1b"  # of a Llama with random weights, where a row makes one
     deadline: float = float("inf")  # on the monotonic clock: no repeat begins that would end later
+    end: float = float("inf")  # likewise: a row that has no result then is left out
 
     @property
     def forget(self) -> str:
@@ -93,6 +96,32 @@ def result(
     met = value >= bar if at_least else value <= bar
     wanted = {"bar": bar, "wanted": "at least" if at_least else "at most"}
     return {"name": name, "value": value, **wanted, "met": met, "unit": unit, "raw": dict(raw)}
+
+
+class TimeOver(Exception):
+    """The minutes are over."""
+
+
+@contextmanager
+def until(end: float) -> Iterator[None]:
+    """Context that raises :class:`TimeOver` at this time of the monotonic clock; for the main thread."""
+
+    def stop(*_: Any) -> None:
+        raise TimeOver
+
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeOver
+    if left == float("inf"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, left)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -364,9 +393,8 @@ def main(benchmark: str, rows: Mapping[str, Measure], children: Mapping[str, Mea
         except WagleError as error:
             fail(str(error))
         report = _describe(benchmark, options, settings)
-        end = (
-            time.monotonic() + 50 * options.minutes
-        )  # a sixth is left for a round that takes longer
+        settings.end = time.monotonic() + 60 * options.minutes
+        end = settings.end - 10 * options.minutes  # which are left for a round that takes longer
         print(f"{'row':34} {'value':>9}   bar", file=sys.stderr, flush=True)
         for number, name in enumerate(options.rows):
             now = time.monotonic()
@@ -386,7 +414,7 @@ def _options(benchmark: str, rows: Mapping[str, Measure]) -> argparse.Namespace:
     add("--tofu", help="folder with TOFU's forget01.json and retain99.json; default: the people")
     add("--rows", help=f"which to measure, of {','.join(rows)}; default: all")
     add("--repeats", type=int, help="how often each side is measured (default 3; 1 with --quick)")
-    add("--minutes", type=float, default=10.0, help="after which no more repeats begin; default 10")
+    add("--minutes", type=float, default=10.0, help="after which rows are left out; default 10")
     add("--shape", default="0.1b", help="of the row sums: a Llama of 0.1b, 0.25b or 1.2b weights")
     add("--quick", action="store_true", help="a tiny model, few rows: shows only that it runs")
     add("--full", action="store_true", help="run the padded baselines whole, without scaling")
@@ -431,7 +459,10 @@ def run_row(name: str, measure: Measure, settings: Settings) -> list[Result]:
     """A row's results, printed as soon as they are there."""
     started = time.monotonic()
     try:
-        results = measure(settings)
+        with until(settings.end):
+            results = measure(settings)
+    except TimeOver:
+        results = [{"name": name, "left_out": "no time left: measure it alone, by --rows"}]
     except Exception as error:  # whatever went wrong with one row, the others are still wanted
         traceback.print_exc()
         results = [{"name": name, "error": f"{type(error).__name__}: {error}"}]
@@ -492,6 +523,8 @@ def machine() -> dict[str, Any]:
 def _line(row: Result) -> str:
     if "error" in row:
         return f"{row['name']:34} failed: {row['error']}"
+    if "left_out" in row:
+        return f"{row['name']:34} left out: {row['left_out']}"
     bar = f"{row['wanted']} {row['bar']:g} {row['unit']}: {'met' if row['met'] else 'MISSED'}"
     return f"{row['name']:34} {row['value']:9.3f}   {bar}"
 

@@ -1,6 +1,6 @@
 """Peak memory of a rank, as ``wagle plan`` predicts it and as it is: one or two CPU processes, case after case.
 
-    bin/bench plan [--model FOLDER] [--cases NAME,NAME] [--output FILE]
+    bin/bench plan [--model FOLDER] [--cases NAME,NAME] [--minutes M] [--output FILE]
 
 The peak is ``VmHWM`` of the rank that took more, nothing subtracted. The C library is told to give back every block of
 32 KB or more as soon as it is freed (``MALLOC_MMAP_THRESHOLD_``): else it keeps freed blocks for later, which the plan
@@ -16,13 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from common import GIVE_BACK, memory
+from common import GIVE_BACK, TimeOver, memory, until
 
 from wagle_pl.attribution.hessian import estimator_of
 from wagle_pl.cli import app as cli
@@ -182,12 +183,19 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown_table(header, rows, left=range(3))
 
 
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark and of ``scale``."""
+    add = parser.add_argument
+    add("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
+    add("--minutes", type=float, default=10.0, help="after which cases are left out; default 10")
+    add("--output", help="JSON file to write as well")
+
+
 def main() -> None:
     """Run the cases and print the table."""
     parser = argparse.ArgumentParser(prog="bin/bench plan", description=__doc__)
-    parser.add_argument("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
     parser.add_argument("--cases", help=f"which, of {', '.join(CASES)}; all when not given")
-    parser.add_argument("--output", help="JSON file to write as well")
+    add_common(parser)
     options = parser.parse_args()
     cli.quiet()
     names = options.cases.split(",") if options.cases else list(CASES)
@@ -201,15 +209,21 @@ def main() -> None:
         bits = random_bits(sizes, int(DENSITY * shape.weights), 0)
         made_by = {"model": model, "score": "random", "density": DENSITY}
         WeightMask(bits, shape.shapes, made_by).save(scratch / "mask.safetensors")
+        end = time.monotonic() + 60 * options.minutes
         for name in names:
-            results.append(compare(CASES[name], shape, model, scratch))
+            try:
+                with until(end):
+                    results.append(compare(CASES[name], shape, model, scratch))
+            except TimeOver:
+                print(f"{name}: left out, no time left", file=sys.stderr, flush=True)
+                continue
             said = f"{name}: predicted / measured {results[-1]['ratio']:.3f}"
             print(said, file=sys.stderr, flush=True)
             if options.output:
                 with atomic_path(Path(options.output)) as temporary:
                     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
-    worst = max(abs(row["ratio"] - 1) for row in results)
+    worst = max((abs(row["ratio"] - 1) for row in results), default=0.0)
     print(f"\nfurthest off: {worst:.1%}; within {BAR:.0%}: {'yes' if worst <= BAR else 'NO'}")
 
 

@@ -1,6 +1,6 @@
 """Work of a rank by stage, on one and on two CPU processes under ZeRO-3: bytes handled, and seconds.
 
-    bin/bench scale [--model FOLDER] [--output FILE]
+    bin/bench scale [--model FOLDER] [--minutes M] [--output FILE]
 
 Rows a rank are the same (weak scaling), so a step's time may stay and the bytes of a rank are to halve; two ranks on
 two busy cores take longer than one. JSON on stdout, a table on stderr; numbers are of the rank that had the most.
@@ -13,20 +13,21 @@ import json
 import sys
 import tempfile
 import time
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from common import TimeOver, until
 from handled import Handled
-from plan import ROOT, measure
+from plan import add_common, measure
 
 from wagle_pl.cli import app as cli
 from wagle_pl.cli.messages import fail
 from wagle_pl.core import distributed
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import atomic_path
-from wagle_pl.core.text import table
 from wagle_pl.lab import planning
 from wagle_pl.masks import WeightMask
 from wagle_pl.masks.bits import random_bits
@@ -66,8 +67,7 @@ class Stages(L.Callback):
 def main() -> None:
     """Run the tasks and print the table."""
     parser = argparse.ArgumentParser(prog="bin/bench scale", description=__doc__)
-    parser.add_argument("--model", default=str(ROOT / "models/smollm2"), help="folder of the model")
-    parser.add_argument("--output", help="JSON file to write as well")
+    add_common(parser)
     options = parser.parse_args()
     cli.quiet()
     model = str(Path(options.model).resolve())
@@ -78,29 +78,30 @@ def main() -> None:
         sizes = {name: prod(of) for name, of in shape.shapes.items()}
         bits = random_bits(sizes, int(DENSITY * shape.weights), 0)
         WeightMask(bits, shape.shapes, {"model": model}).save(scratch / "mask.safetensors")
-        for task in TASKS:
-            for ranks in RANKS:
-                case = (task, "zero3", "32-true")
-                scores = ("--model.save_scores", "fp32") if task == "attribution" else ()
-                found = measure(case, model, scratch, ranks, "scale.Stages", *scores)
-                for stage, seconds in found["seconds"].items():
-                    row = {"task": task, "ranks": ranks, "stage": stage, "seconds": seconds}
-                    results.append(row | {"bytes": found["bytes"].get(stage)})
-    report = json.dumps({"weights": shape.weights, "rows": results}, indent=1)
-    if options.output:
-        with atomic_path(Path(options.output)) as temporary:
-            temporary.write_text(report + "\n", encoding="utf-8")
-    print(report)
-    rows = [
-        [
-            *(row["task"], row["stage"], str(row["ranks"])),
-            "" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.1f}",
-            f"{row['seconds']:.2f}",
-        ]
-        for row in sorted(results, key=lambda row: (row["task"], row["stage"], row["ranks"]))
-    ]
-    header = ["task", "stage", "ranks", "MiB a rank", "seconds"]
-    print(table(header, rows, left=(0, 1)), file=sys.stderr)
+        end = time.monotonic() + 60 * options.minutes
+        print(f"{'task':12} {'stage':14} ranks  MiB a rank   seconds", file=sys.stderr, flush=True)
+        for task, ranks in product(TASKS, RANKS):
+            case = (task, "zero3", "32-true")
+            scores = ("--model.save_scores", "fp32") if task == "attribution" else ()
+            try:
+                with until(end):
+                    found = measure(case, model, scratch, ranks, "scale.Stages", *scores)
+            except TimeOver:
+                said = f"{task} of {ranks} ranks: left out, no time left"
+                print(said, file=sys.stderr, flush=True)
+                continue
+            for stage, seconds in found["seconds"].items():
+                size = found["bytes"].get(stage)
+                row = {"task": task, "ranks": ranks, "stage": stage, "seconds": seconds}
+                results.append(row | {"bytes": size})
+                shown = "" if size is None else f"{size / 2**20:,.1f}"
+                line = f"{task:12} {stage:14} {ranks:5} {shown:>11} {seconds:9.2f}"
+                print(line, file=sys.stderr, flush=True)
+            report = json.dumps({"weights": shape.weights, "rows": results}, indent=1)
+            if options.output:
+                with atomic_path(Path(options.output)) as temporary:
+                    temporary.write_text(report + "\n", encoding="utf-8")
+    print(json.dumps({"weights": shape.weights, "rows": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -183,14 +183,16 @@ def step_seconds(
 
 
 class Deadline(L.Callback):
-    """Ends a run when the time for its row is over, but not before its third step."""
+    """Ends a run when the time for its row is over, but before its third step only when that for all rows is."""
 
     def __init__(self, settings: Settings) -> None:
-        self.end = settings.deadline
+        self.settings = settings
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Look at the clock."""
-        trainer.should_stop |= trainer.global_step > 2 and time.monotonic() > self.end
+        few = trainer.global_step < 3
+        end = self.settings.end if few else self.settings.deadline
+        trainer.should_stop |= time.monotonic() > end
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

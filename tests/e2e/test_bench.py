@@ -68,6 +68,18 @@ def test_sides_are_repeated_while_there_is_time(bench: common.Settings) -> None:
     assert len(common.alternate(bench, {"a": lambda: 1})["a"]) == 3
 
 
+def test_a_row_without_a_result_in_time_is_left_out(bench: common.Settings, capsys: Any) -> None:
+    def endless(settings: common.Settings) -> list[Any]:
+        while True:
+            time.sleep(0.01)
+
+    for name, left in (("slow", 0.1), ("late", 0.0)):
+        bench.end = time.monotonic() + left
+        (row,) = common.run_row(name, endless, bench)
+        assert row["left_out"] and f"{name:34} left out" in capsys.readouterr().err
+    bench.end = math.inf
+
+
 # -- bin/bench device ------------------------------------------------------------------------------------------
 
 
