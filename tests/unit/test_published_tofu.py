@@ -310,3 +310,29 @@ def test_the_controls_on_smollm2() -> None:
     test = ttest_rel(kept["shuffled 0.2"], kept["curvature^1 0.2"])
     difference = np.subtract(kept["shuffled 0.2"], kept["curvature^1 0.2"]).mean()
     assert f"{difference:.3f} more than `curvature^1` (p {test.pvalue:.3f})" in page
+
+
+def test_units_on_smollm2() -> None:
+    """Means, differences, their p by a paired t-test, and Holm's correction, from every seed's value."""
+    table = pd.read_csv(CONFIGS / "tofu/results/units.csv").pivot(index="seed", columns="unit")
+    kept = table["kept"]
+    page = (CONFIGS / "tofu/study.md").read_text(encoding="utf-8")
+    tests = {
+        unit: ttest_rel(kept[unit], kept["weight"])
+        for unit in ("column", "head", "neuron", "row", "layer")
+    }
+    assert f"| weight | {kept['weight'].mean():.4f} ± {kept['weight'].std():.4f} |" in page
+    for unit, test in tests.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {unit} | 0.9"))
+        cells = line.split(" | ")
+        assert cells[1] == f"{kept[unit].mean():.4f} ± {kept[unit].std():.4f}"
+        assert cells[3] == f"{(kept[unit] - kept['weight']).mean():+.4f}"
+        assert cells[4] == f"{test.pvalue:.3f}"
+    low, high = tests["row"].confidence_interval()
+    assert f"interval from {low:+.4f} to {high:+.4f}" in page
+    corrected, largest = {}, 0.0
+    for rank, unit in enumerate(sorted(tests, key=lambda name: tests[name].pvalue)):
+        largest = max(largest, tests[unit].pvalue * (len(tests) - rank))
+        corrected[unit] = largest
+    assert f"p is {corrected['column']:.3f} for columns and {corrected['head']:.3f} for" in page
+    assert round(corrected["neuron"], 3) == round(corrected["head"], 3)
