@@ -316,6 +316,8 @@ def test_a_bf16_model_stays_bf16_and_is_judged_as_rounded(knowing: str) -> None:
     assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
     assert {name: buffer.dtype for name, buffer in lm.named_buffers()} == buffers
     assert result.mask is not None
+    for mask in (result.mask[name] for name, p in lm.named_parameters() if p.ndim == 2):
+        assert torch.equal(mask.any(1), mask.all(1))  # whole rows
     moved = {n: p != before[n] for n, p in lm.named_parameters()}
     assert not any((m & ~result.mask[n]).any() for n, m in moved.items())
     examples = parse_rows(FORGET, "")

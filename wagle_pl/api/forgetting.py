@@ -63,6 +63,7 @@ def forget(
     earlier: Optional[Rows] = None,
     requests: Sequence[Requested] = (),
     progress: bool = True,
+    unit: str = "row",
     **data: Any,
 ) -> Forgotten:
     """Make a model forget rows and keep the rest; nothing is written.
@@ -97,9 +98,9 @@ def forget(
         objective: see :class:`~wagle_pl.UnlearnModule`. None takes ``NPO`` with a β at which its
             gradient does not vanish before the bound is met (with the usual 0.1, that of a long
             answer does).
-        score: see :class:`~wagle_pl.AttributionModule`; the paper's is ``wagle``. None takes
-            ``Curvature`` with power 1, which forgets most for a given damage if all weights take
-            steps of the same size, as with Adam.
+        score: see :class:`~wagle_pl.AttributionModule`; the paper's is ``wagle``, of the unit
+            ``weight``. None takes ``Curvature`` with power 1, which forgets most for a given damage
+            if all weights take steps of the same size, as with Adam.
         lr: of AdamW. None starts with a rate for the size of the model, see
             :data:`LEARNING_RATES`, and doubles it every 25 steps.
         seed: random seed.
@@ -111,6 +112,7 @@ def forget(
             which of its rows were known, and the seeds of their unseen counterparts. Each request
             must meet its bound, and is trained on until then, also if no row is known any more.
         progress: show bars and log what is done.
+        unit: select whole units, see :class:`~wagle_pl.AttributionModule`; rows save computation.
         **data: options of :class:`~wagle_pl.ForgetRetainDataModule`, such as ``prompt_format``.
 
     Raises:
@@ -128,14 +130,8 @@ def forget(
     sizes = [sum(len(request[side]) for request in requests) for side in (0, 1)]
     if requests and sizes != [count, count]:
         raise WagleError(f"must add up to {count} forget rows, got {sizes}", "requests")
-    settings = _Settings(
-        density,
-        None if objective is None else resolve(Objective, objective, "objective"),
-        score,
-        lr,
-        seed,
-        max_steps,
-    )
+    chosen = None if objective is None else resolve(Objective, objective, "objective")
+    settings = _Settings(density, chosen, score, lr, seed, max_steps, unit)
     failure: Optional[BaseException] = None
     with isolate_rng(), nullcontext() if progress else silence():
         random.seed(seed)
@@ -158,6 +154,7 @@ class _Settings:
     lr: Optional[float]
     seed: int
     max_steps: int
+    unit: str
 
     def __post_init__(self) -> None:
         check_arguments(_Settings.__init__, vars(self), "")
@@ -188,6 +185,7 @@ class _Settings:
             "density": self.density,
             "objective": describe(self.objective),
             "score": describe(score) if isinstance(score, Score) else score,
+            "unit": self.unit,
             "lr": self.lr,
             "lr_doubles_every": StopWhenForgotten.PATIENCE if self.doubles else None,
             "seed": self.seed,
@@ -280,10 +278,9 @@ class _Run:
             _base=self.base,
             _origin=self.origin,
         )
+        origins = {"forget": rows["forget"].origin, "retain": origin}
         if steps:
-            self._note_request(
-                result, {"forget": rows["forget"].origin, "retain": origin}, examples
-            )
+            self._note_request(result, origins, examples)
         return result
 
     def _retain(
@@ -342,7 +339,9 @@ class _Run:
         density = self.settings.density
         if density is None:
             return None
-        attribution = AttributionModule(self.lm, None, density, self.settings.score)
+        attribution = AttributionModule(
+            self.lm, None, density, self.settings.score, unit=self.settings.unit
+        )
         self.subject.fit(attribution, stream, enable_progress_bar=self.subject.progress)
         return attribution.mask
 
@@ -411,6 +410,6 @@ def _check_options(data: Mapping[str, Any]) -> None:
     options = option_names(ForgetRetainDataModule)
     for name in data:
         if name not in options:
-            others = ["density", "objective", "score", "max_steps", "tokenizer"]
+            others = ["density", "objective", "score", "unit", "max_steps", "tokenizer"]
             hint = did_you_mean(name, [*options, *others])
             raise WagleError(f"{name}: is no option of forget", hint=hint)

@@ -25,6 +25,7 @@ def forget_rows(
     density: Optional[float] = 0.2,
     objective: Optional[str] = None,
     score: Optional[str] = None,
+    unit: str = "row",
     lr: Optional[float] = None,
     max_steps: int = 300,
     seed: int = 0,
@@ -52,6 +53,7 @@ def forget_rows(
             beta chosen for the rows.
         score: score that selects the weights, e.g. wagle or a class path; by default curvature of
             power 1.
+        unit: select whole units: weight, row, column, head, neuron, block:RxC, tensor or layer.
         lr: learning rate of AdamW; by default chosen by model size, and doubled every 25 steps.
         max_steps: maximum number of training steps.
         seed: random seed.
@@ -63,7 +65,7 @@ def forget_rows(
     refuse_existing(Path(output), overwrite, "--overwrite", kind="folder")
     for path in filter(None, (patch, report)):
         refuse_existing(Path(path), overwrite, "--overwrite")
-    options = {"lr": lr, "seed": seed, "max_steps": max_steps, "earlier": earlier}
+    options = {"unit": unit, "lr": lr, "seed": seed, "max_steps": max_steps, "earlier": earlier}
     result = api.forget(model, forget, retain, density, objective=objective, score=score, **options)
     print(result.verdict)
     if result.outcome != "not known before":

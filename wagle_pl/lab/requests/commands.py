@@ -80,6 +80,7 @@ def run(
     density: Optional[float] = 0.2,
     objective: Optional[str] = None,
     score: Optional[str] = None,
+    unit: str = "row",
     lr: Optional[float] = None,
     max_steps: int = 300,
     seed: int = 0,
@@ -99,6 +100,7 @@ def run(
         density: share of the weights to train; null for all.
         objective: objective to minimise.
         score: score that selects the weights.
+        unit: select whole units.
         lr: learning rate of AdamW.
         max_steps: maximum number of training steps.
         seed: random seed.
@@ -106,7 +108,7 @@ def run(
     """
     folder = _folder(register, date)
     options = {"retain": retain, "density": density, "objective": objective, "score": score}
-    options |= {"lr": lr, "max_steps": max_steps, "seed": seed}
+    options |= {"unit": unit, "lr": lr, "max_steps": max_steps, "seed": seed}
     with with_model(folder) as noted:
         opened = [request.id for request in noted.testable() if request.state == "open"]
         if not opened:
