@@ -195,6 +195,7 @@ WRONG = {
     "add r a.jsonl --id a": "--model: r begins a register: name its model",
     "add new a.jsonl --id ../a --model model": "--id: must be at most 64 letters",
     "add new a.jsonl --id a --model model --date 3.12.2026": "--date: must be a date",
+    "add new a.jsonl --id a --model model --date 2026-W49-4": "--date: must be a date",
     "add new empty.jsonl --id a --model model": "has no rows",
     "add new ask.jsonl --id a --model model": "ask.jsonl row 1: ",
     "add new a.jsonl --id a --model nowhere/at/all": "nowhere/at/all",
@@ -246,6 +247,62 @@ def test_a_changed_entry_is_seen(world: World, request_: Command, change: Any, s
     for command in ("list r", "run r", "add r c.jsonl --id c"):
         code, printed = request_(command)
         assert code == 2 and said in printed
+
+
+def forge(change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    """Change the entries of a register, and write their chain and its head anew."""
+    path, previous = Path("r/register.jsonl"), ""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    change(entries)
+    for entry in entries:
+        entry["previous"] = previous
+        previous = entry["sha256"] = registers._digest(entry)
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    Path("r/head.json").write_text(json.dumps({"entries": len(entries), "sha256": previous}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: entries.insert(2, dict(entries[1])),
+        lambda entries: entries[1].update(id="../a"),
+        lambda entries: entries[3]["requests"].update(x=entries[3]["requests"]["a"]),
+        lambda entries: entries[3]["requests"]["a"].update(known=[]),
+        lambda entries: entries[3]["requests"]["a"].update(draws=[0]),
+    ],
+)
+def test_a_chain_that_was_written_anew_must_make_sense(
+    world: World, request_: Command, change: Any
+) -> None:
+    begin(request_, "a", "b")
+    assert request_("run r")[0] == 0
+    forge(lambda _: None)
+    assert request_("list r")[0] == 0
+    forge(change)
+    code, printed = request_("verify r")
+    assert code == 2 and "r/register.jsonl line " in printed
+
+
+def test_what_becomes_of_a_registers_files(world: World, request_: Command) -> None:
+    """No last line end, a line separator within a name, no head, no model."""
+    name = "mo\u2028del"
+    write_model(Path(name), torch.ones(32))
+    cli.main(["request", "add", "r", "a.jsonl", "--id", "a", "--model", name])
+    path, head = Path("r/register.jsonl"), Path("r/head.json")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert request_("add r b.jsonl --id b")[0] == 0 and request_("run r")[0] == 0
+    kept = head.read_text()
+    head.unlink()
+    said = request_("list r")[1]
+    assert "head.json is missing" in said and said.strip().endswith(f"write {kept}")
+    head.write_text(kept)
+    Path("r/models/1").rename("elsewhere")
+    for command in ("verify r", "revert r a"):
+        assert "the register's model r/models/1 is missing; give --model" in request_(command)[1]
+    assert request_("revert r a --model elsewhere")[0] == 0
+    Path("r/rows").rename("rows")
+    Path("r/rows").write_text("mine")
+    assert "r/rows: file exists; choose another" in request_("add r c.jsonl --id c")[1]
 
 
 def test_changed_rows_are_seen(world: World, request_: Command) -> None:

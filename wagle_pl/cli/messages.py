@@ -16,7 +16,7 @@ EXIT_MISTAKE = 2
 
 #: What a disk answers about a path, and code does not get wrong.
 _OF_DISKS = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-_OF_DISKS |= {errno.ELOOP, *DISK_ERRORS}
+_OF_DISKS |= {errno.ELOOP, errno.EEXIST, *DISK_ERRORS}
 
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,14 +14,19 @@ from wagle_pl.cli.tools import EXIT_NOT_FORGOTTEN
 from wagle_pl.core.errors import WagleError
 from wagle_pl.core.files import refuse_existing, write_text
 from wagle_pl.core.text import count, fields, short_number, table
-from wagle_pl.lab.requests.register import REGISTER_FILE, Register, Tested, locked, with_model
+from wagle_pl.lab.requests.register import (
+    ID,
+    REGISTER_FILE,
+    Register,
+    Tested,
+    locked,
+    with_model,
+)
 
 parsing = LazyModule("wagle_pl.data.example")
 patches = LazyModule("wagle_pl.unlearning.patch")
 rows_of_api = LazyModule("wagle_pl.api.rows")
 testing = LazyModule("wagle_pl.lab.requests.testing")
-
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def add(
@@ -38,7 +42,7 @@ def add(
         date: date to note, as YYYY-MM-DD.
     """
     folder = _folder(register, date)
-    if not _ID.fullmatch(id):
+    if not ID.fullmatch(id):
         why = "must be at most 64 letters, digits, dots, hyphens or underscores"
         raise WagleError(f"{why}, and begin with a letter or digit, got {id!r}", option="--id")
     examples = parsing.parse_rows(rows_of_api.rows_of(rows, "rows").rows, rows)
@@ -163,7 +167,7 @@ def verify(
     requests = [(request, noted.rows(request)) for request in noted.testable()]
     if not requests:
         raise WagleError(f"register {folder} has no rows to test")
-    name = model or noted.located(noted.model)
+    name = _found(noted, model)
     digest = testing.model_digest(name)
     if adopt and (model is None or digest is None or bits is not None):
         why = "takes a --model with safetensors files, and no --bits"
@@ -309,21 +313,30 @@ def _append(folder: Path, kind: Any, date: Optional[str], **content: Any) -> Reg
 
 def _model(noted: Register, moved: Optional[str]) -> str:
     """The register's model, if it is still what it was."""
-    name = moved or noted.located(noted.model)
-    if moved is None and Path(name).is_absolute() and not Path(name).exists():
-        raise WagleError(f"the register's model {name} is missing", hint="give --model if it moved")
+    name = _found(noted, moved)
     if (digest := testing.model_digest(name)) != noted.digest:
         why = f"{name} has digest {digest}; the register's model has {noted.digest}"
         raise WagleError(why, hint="wagle request verify --adopt takes another model")
     return name
 
 
+def _found(noted: Register, moved: Optional[str]) -> str:
+    """The folder or hub id of the register's model."""
+    name = moved or noted.located(noted.model)
+    is_folder = noted.model in noted.written or Path(name).is_absolute()
+    if moved is None and is_folder and not Path(name).exists():
+        raise WagleError(f"the register's model {name} is missing", hint="give --model if it moved")
+    return name
+
+
 def _folder(register: str, date: Optional[str]) -> Path:
     """The folder of a register, once the date of an entry is checked."""
     try:
-        datetime.date.fromisoformat(date or "2000-01-01")
+        is_date = date is None or datetime.date.fromisoformat(date).isoformat() == date
     except ValueError:
-        raise WagleError(f"must be a date as YYYY-MM-DD, got {date!r}", option="--date") from None
+        is_date = False
+    if not is_date:
+        raise WagleError(f"must be a date as YYYY-MM-DD, got {date!r}", option="--date")
     return Path(register)
 
 

@@ -36,6 +36,8 @@ parsing = LazyModule("wagle_pl.data.example")
 outputs = LazyModule("wagle_pl.core.outputs")
 
 REGISTER_FILE, HEAD_FILE = "register.jsonl", "head.json"
+#: What an id is: it names a file.
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Kind = Literal["created", "added", "run", "verified", "reverted", "purged"]
 State = Literal["open", "forgotten", "not known", "withdrawn"]
 
@@ -179,8 +181,9 @@ class Register:
         self.entries: list[dict[str, Any]] = []
         self.requests: dict[str, Request] = {}
         self.runs: dict[int, dict[str, Any]] = {}
-        self.run_count = 0
-        self.text = self.model = self.digest = self.salt = self.head = ""
+        self.lines: list[str] = []
+        self.run_count, self.written = 0, set[str]()  # models that are folders, whether they exist
+        self.model = self.digest = self.salt = self.head = ""
 
     @classmethod
     def read(cls, folder: Path) -> Register:
@@ -194,11 +197,16 @@ class Register:
             raise absent("register", folder)
         file = folder / HEAD_FILE  # read first: an entry may be appended meanwhile
         head: Optional[Head] = read_json(file, Head) if file.exists() else None
-        register.text = read_text(register.path, "register")
-        for number, line in enumerate(register.text.splitlines(), 1):
+        # no other character ends a line: a text may have it
+        register.lines = [*filter(None, read_text(register.path, "register").split("\n"))]
+        for number, line in enumerate(register.lines, 1):
             register._follow(parse_json(line, str(register.path), Entry, line=number), number)
         if not register.entries:
             raise WagleError(f"register {register.path} is empty: its first entry is missing")
+        if head is None and len(register.entries) > 1:
+            ends = json.dumps({"entries": len(register.entries), "sha256": register.head})
+            why = f"{file} is missing, so entries at the end may have been cut off"
+            raise WagleError(why, hint=f"if the last digest is the one you know, write {ends}")
         digests = ["", *(entry["sha256"] for entry in register.entries)]
         if head is not None and digests[head["entries"] :][:1] != [head["sha256"]]:
             count = f"{len(register.entries)} of {head['entries']} entries are left"
@@ -218,8 +226,8 @@ class Register:
         entry = {"kind": kind, "date": date, **content, "previous": self.head}
         entry["sha256"] = _digest(entry)
         self._follow(entry, len(self.entries) + 1)
-        self.text += f"{json.dumps(entry, ensure_ascii=False)}\n"
-        write_text(self.path, self.text)
+        self.lines.append(json.dumps(entry, ensure_ascii=False))
+        write_text(self.path, "".join(f"{line}\n" for line in self.lines))
         head: Head = {"entries": Count(len(self.entries)), "sha256": self.head}
         write_text(self.folder / HEAD_FILE, json.dumps(head))
 
@@ -246,6 +254,8 @@ class Register:
         if None in (entry["model"], entry["digest"]):
             raise WagleError("it names no model, or no digest of it")
         self.model, self.digest = entry["model"], entry["digest"]
+        if entry["kind"] in ("run", "reverted"):
+            self.written.add(self.model)
         for request in self.requests.values():
             request.last = None  # a test of the model before
 
@@ -255,6 +265,8 @@ class Register:
 
     def _added(self, entry: dict[str, Any]) -> None:
         name = entry["id"]
+        if not ID.fullmatch(name) or name in self.requests:
+            raise WagleError(f"{name!r} is no id, or that of an earlier request")
         self.requests[name] = Request(name, entry["rows"], entry["date"])
 
     def _run(self, entry: dict[str, Any]) -> None:
@@ -333,8 +345,8 @@ class Register:
 
     def located(self, name: str) -> str:
         """A model of an entry, as a path from here; a hub id stays as it is."""
-        inside = self.folder / name
-        return str(inside) if inside.exists() else name
+        path = self.folder / name
+        return str(path) if name in self.written or path.exists() else name
 
     def place(self, name: str) -> str:
         """A model as entries name it: its path in the register, or else its absolute path; a hub id

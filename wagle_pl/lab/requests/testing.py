@@ -144,6 +144,8 @@ def forget_open(
     entry["reopened"] = [name for name in targets if name not in opened]
     sides = (result.before, result.after)
     entry |= {"outcome": result.outcome, "retain": [s["retain_probability"] for s in sides]}
+    for name, tested in before.items():
+        after[name]["before"] = tested["after"]
     forgotten = any(after[name]["outcome"] == "forgotten" for name in opened)
     returned = [name for name in rows if name not in opened and after[name]["outcome"] == "known"]
     if not (result.steps and forgotten) or returned or result.outcome == "model damaged":
@@ -151,8 +153,6 @@ def forget_open(
     request = result.record["lineage"][-1]["request"]
     entry["settings"] |= {"steps": result.steps, **{key: request[key] for key in CHOSEN}}
     result.save(target, overwrite)
-    for name, tested in before.items():
-        after[name]["before"] = tested["after"]
     return entry | {"requests": after, **_beside(register, base, target, result)}
 
 
