@@ -26,19 +26,24 @@ approx = pytest.approx
 # -- the folder ------------------------------------------------------------------------------------
 
 
-def table_in(folder, runs="", name=None, **settings):
+#: What each row of a table has.
+ROW = dict.fromkeys(("objective", "mask", "objective_id", "mask_id"), "m")
+ROW |= {"lr": 0.1, "seed": 0, "seconds": 1.0}
+
+
+def table_in(folder, runs="", lr=0.1, **settings):
     folder.mkdir(exist_ok=True)
     table = RunTable(folder, settings)
-    table.append([{"run": run, "step": step, "lr": name} for run in runs for step in (1, 2)])
+    table.append([{**ROW, "run": run, "step": step, "lr": lr} for run in runs for step in (1, 2)])
     return table
 
 
 def test_the_table_grows_and_keeps_its_settings(tmp_path):
     assert not table_in(tmp_path, steps=3).path.exists()  # without runs it binds nobody
     table = RunTable(tmp_path, {"steps": 3, "target": "a"})
-    table.append([{"run": "x", "step": 1, "forget/probability": 0.5}])
+    table.append([{**ROW, "run": "x", "step": 1, "forget/probability": 0.5}])
     table = RunTable(tmp_path, {"steps": 3, "target": "a"})
-    table.append([{"run": "y", "step": 1, "model_utility": 0.25}])
+    table.append([{**ROW, "run": "y", "step": 1, "model_utility": 0.25}])
     rows = load_table(tmp_path / "study.parquet")
     assert table.finished() == {"x", "y"} and [row["model_utility"] for row in rows] == [None, 0.25]
     said = r"other settings \(steps, target\): choose another --output"
@@ -48,11 +53,11 @@ def test_the_table_grows_and_keeps_its_settings(tmp_path):
 
 def test_pieces_of_a_study_are_joined(tmp_path):
     a, b, nowhere = (tmp_path / name for name in ("a", "b", "nowhere"))
-    table_in(b, "yz", "b", steps=3)
-    table = table_in(a, "xy", "a", steps=3)
+    table_in(b, "yz", 0.3, steps=3)
+    table = table_in(a, "xy", 0.2, steps=3)
     assert table.join([str(b), str(b)]) == 1
     found = [(row["run"], row["lr"]) for row in table.rows]
-    assert found == [("x", "a")] * 2 + [("y", "a")] * 2 + [("z", "b")] * 2
+    assert found == [("x", 0.2)] * 2 + [("y", 0.2)] * 2 + [("z", 0.3)] * 2
     with pytest.raises(WagleError, match=r"--join: there is no study in .*nowhere"):
         table.join([str(nowhere)])
     with pytest.raises(WagleError, match=r"other settings \(steps\): it is another study"):
